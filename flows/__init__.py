@@ -1,0 +1,1 @@
+"""Verbs: thin Prefect flows over `endoprint.jobs`."""

@@ -1,0 +1,111 @@
+"""What a value means: its unit, default and range, each said once, beside its owner.
+
+Every room defines its own `Config` subclass; `params.yaml` of a workspace chooses the values.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+
+ConfigT = TypeVar("ConfigT", bound="Config")
+
+
+class Refusal(ValueError):  # noqa: N818 -- it is what the user reads, not a crash
+    """One line that says the rule, what was found instead, and the remedy."""
+
+    def __init__(self, rule: str, got: str, remedy: str) -> None:
+        self.rule, self.got, self.remedy = rule, got, remedy
+        line = f"{rule}; got {got}; {remedy}"
+        super().__init__(" ".join(line.split()))
+
+
+class Config(BaseModel):
+    """Typed, frozen values that refuse a typo; search ranges stand in the annotations.
+
+    A field annotated `Annotated[float, FloatDistribution(1e-5, 1e-2, log=True)]` may be
+    searched within that range and set nowhere outside it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    @classmethod
+    def search_space(cls) -> dict[str, BaseDistribution]:
+        """Return field name -> Optuna distribution, for every field whose annotation carries one."""
+        from optuna.distributions import BaseDistribution  # 0.4 s that most commands never need
+
+        return {
+            name: annotation
+            for name, field in cls.model_fields.items()
+            for annotation in field.metadata
+            if isinstance(annotation, BaseDistribution)
+        }
+
+    @model_validator(mode="after")
+    def _stay_in_range(self) -> Self:
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            for annotation in field.metadata:
+                low, high = getattr(annotation, "low", None), getattr(annotation, "high", None)
+                if low is not None and high is not None and not low <= value <= high:
+                    raise ValueError(f"{name} must lie in [{low}, {high}], got {value}")
+                choices = getattr(annotation, "choices", None)
+                if choices is not None and value not in choices:
+                    raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}")
+        return self
+
+    @classmethod
+    def of(cls, values: dict[str, Any], where: str) -> Self:
+        """Build from plain values, refusing in one line; `where` names the section read."""
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"]) or "value"
+            known = ", ".join(cls.model_fields)
+            raise Refusal(
+                f"{where}.{field}: {first['msg']}",
+                repr(first.get("input")),
+                f"fields here are: {known}",
+            ) from None
+
+
+class Params(Config):
+    """What `params.yaml` of a workspace chose; each section is validated by its owner's Config."""
+
+    task: str  # names what is asked of the data; experiment and registered model carry it
+    seed: int = 0
+    cells: dict[str, Any] = {}
+    design: dict[str, Any] = {}
+    tokens: dict[str, Any] = {}
+    simulate: dict[str, Any] = {}  # the demo's atlas; absent where the cells are one's own
+    pretrain: dict[str, Any] = {}  # empty: no pre-training
+    search: dict[str, Any] = {}
+    models: dict[str, dict[str, Any]] = {"logistic": {}}  # the field to compare, in this order
+
+    def section(self, name: str, kind: type[ConfigT]) -> ConfigT:
+        """Return one section as its owner's Config."""
+        return kind.of(getattr(self, name), where=name)
+
+
+def read_params(path: Path) -> Params:
+    """Read a workspace's `params.yaml`; every mistake in it is one line."""
+    if not path.is_file():
+        raise Refusal(
+            "a workspace holds a params.yaml",
+            f"none at {path}",
+            "make one with `endoprint init FILE DIR`",
+        )
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise Refusal(f"{path.name} must be YAML", str(error), "mend the line it names") from None
+    if not isinstance(values, dict):
+        raise Refusal(f"{path.name} must hold sections", type(values).__name__, "see README")
+    return Params.of(values, where=path.name)

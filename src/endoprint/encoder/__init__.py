@@ -1,0 +1,1 @@
+"""What the encoders share: backbone, minibatches, training loop, pre-training."""

@@ -1,0 +1,1 @@
+"""One file per model; siblings never import each other."""
