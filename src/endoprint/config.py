@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 ConfigT = TypeVar("ConfigT", bound="Config")
 
 
-class Refusal(ValueError):  # noqa: N818 -- it is what the user reads, not a crash
+class Refusal(ValueError):
     """One line that says the rule, what was found instead, and the remedy."""
 
     def __init__(self, rule: str, got: str, remedy: str) -> None:

@@ -38,7 +38,7 @@ def silent(epoch: int, metrics: dict[str, float]) -> None:
     """Watch nothing."""
 
 
-class Pruned(Exception):  # noqa: N818 -- a decision of the search, not an error
+class Pruned(Exception):
     """A watcher may raise this to stop a fit that is not worth finishing."""
 
 
