@@ -37,7 +37,7 @@ class Config(BaseModel):
 
     @classmethod
     def search_space(cls) -> dict[str, BaseDistribution]:
-        """Return field name -> Optuna distribution, for every field whose annotation carries one."""
+        """Return field name -> Optuna distribution, for every field that carries one."""
         from optuna.distributions import BaseDistribution  # 0.4 s that most commands never need
 
         return {

@@ -24,7 +24,8 @@ from scipy.optimize import minimize_scalar
 from scipy.spatial.distance import cdist
 from scipy.special import log_softmax, logsumexp, softmax
 
-from endoprint.config import Config, Refusal
+from endoprint.config import Config as AnyConfig
+from endoprint.config import Refusal
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Watch = Callable[[int, dict[str, float]], None]  # (epoch, metrics); may raise Pruned
@@ -74,11 +75,11 @@ class ExposureModel(ABC):
     A model writes `_learn`, `evidence`, `embed`, `_state` and `_restore`.
     """
 
-    Config: type[Config] = Config
+    Config: type[AnyConfig] = AnyConfig
     name: ClassVar[str]  # its row in the table
 
     def __init__(
-        self, config: Config | None = None, *, seed: int = 0, resources: Resources | None = None
+        self, config: AnyConfig | None = None, *, seed: int = 0, resources: Resources | None = None
     ) -> None:
         self.config: Any = config if config is not None else self.Config()
         self.seed = seed
@@ -97,7 +98,7 @@ class ExposureModel(ABC):
 
     @abstractmethod
     def evidence(self, cells: AnnData) -> Array:
-        """Return log p(cell | exposure) plus a constant per cell, (n, E): class-balanced, prior-free."""
+        """Return log p(cell | exposure) + a constant per cell, (n, E): class-balanced, prior-free."""
 
     @abstractmethod
     def embed(self, cells: AnnData) -> Array:
@@ -119,7 +120,7 @@ class ExposureModel(ABC):
     def fit(
         self, train: AnnData, valid: AnnData, *, watch: Watch = silent, work: Path | None = None
     ) -> Self:
-        """Fit on training cells, calibrate on validation cells (whole units where there are enough).
+        """Fit on training cells, calibrate on validation cells: whole units where there are enough.
 
         `watch(epoch, metrics)` is told of progress and may raise `Pruned`; `work` is a folder for
         resumable checkpoints.
@@ -171,7 +172,8 @@ class ExposureModel(ABC):
             block = cdist(vectors[start : start + 1024], self._reference)
             nearest = np.partition(block, neighbours - 1, axis=1)[:, :neighbours]
             distances[start : start + 1024] = nearest.mean(axis=1)
-        return distances / np.sqrt(vectors.shape[1])
+        scaled: Array = distances / np.sqrt(vectors.shape[1])
+        return scaled
 
     def population_evidence(self, cells: AnnData, control: AnnData | None = None) -> Array:
         """Return the evidence of all cells of one sample taken together, (E,): their mean.
@@ -236,7 +238,7 @@ class ExposureModel(ABC):
 
     # -- calibration and novelty ----------------------------------------------------------------
     def _calibrate(self, valid: AnnData) -> None:
-        """Fit one temperature by likelihood on validation units weighted equally (judging rule 6)."""
+        """Fit one temperature by likelihood, validation units weighted equally (judging rule 6)."""
         known = valid.obs["exposure"].astype(str).isin(self.exposures).to_numpy()
         valid = valid[known]
         if not valid.n_obs:
@@ -291,7 +293,7 @@ def fit_temperature(evidence: Array, truth: Array, weight: Array) -> float:
 # -- the table of models ------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Row:
-    """One model of the field: where its class is, and what a reader wants to know before using it."""
+    """One model of the field: where its class is, and what to know before using it."""
 
     cls: str  # import string, module:Class
     line: str
@@ -371,5 +373,5 @@ class Predictor:
 
 
 def _load_pyfunc(path: str) -> Predictor:
-    """Entry point that MLflow calls by the name of this module; code never comes from an artefact."""
+    """Load for MLflow, which calls this by module name: code never comes from an artefact."""
     return Predictor(load(path))

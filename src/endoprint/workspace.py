@@ -123,7 +123,7 @@ class Workspace:
         return f"endoprint-{self.params.task}"
 
     def environment(self) -> dict[str, str]:
-        """Return the environment for a child process of this workspace: the caller's choices win."""
+        """Return the environment of a child process: the caller's own choices win."""
         own = {
             **QUIET,
             "PREFECT_HOME": str(self.local / "prefect"),
