@@ -98,7 +98,7 @@ class ExposureModel(ABC):
 
     @abstractmethod
     def evidence(self, cells: AnnData) -> Array:
-        """Return log p(cell | exposure) + a constant per cell, (n, E): class-balanced, prior-free."""
+        """Return log p(cell | exposure) + a constant per cell, (n, E): balanced and prior-free."""
 
     @abstractmethod
     def embed(self, cells: AnnData) -> Array:
@@ -120,7 +120,7 @@ class ExposureModel(ABC):
     def fit(
         self, train: AnnData, valid: AnnData, *, watch: Watch = silent, work: Path | None = None
     ) -> Self:
-        """Fit on training cells, calibrate on validation cells: whole units where there are enough.
+        """Fit on training cells, calibrate on validation cells: whole units, if there are enough.
 
         `watch(epoch, metrics)` is told of progress and may raise `Pruned`; `work` is a folder for
         resumable checkpoints.
@@ -238,7 +238,7 @@ class ExposureModel(ABC):
 
     # -- calibration and novelty ----------------------------------------------------------------
     def _calibrate(self, valid: AnnData) -> None:
-        """Fit one temperature by likelihood, validation units weighted equally (judging rule 6)."""
+        """Fit one temperature by likelihood, validation units weighing equally (Guo 2017)."""
         known = valid.obs["exposure"].astype(str).isin(self.exposures).to_numpy()
         valid = valid[known]
         if not valid.n_obs:
