@@ -1,0 +1,27 @@
+# Every target does all the set-up it needs. `make demo` is the place to start.
+PYTHON ?= python3
+BIN := .venv/bin
+# two cores and several processes: one thread each is faster than fighting over them
+ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 NUMBA_NUM_THREADS=1
+
+.PHONY: demo test test-all check clean
+
+demo: .venv/.installed  ## the whole story on simulated cells, under Prefect, at most five minutes
+	$(BIN)/python -m flows.story
+
+test: .venv/.installed  ## no network, no GPU, no root
+	$(ONE_THREAD) $(BIN)/python -m pytest -q -n 2 -m "not slow and not browser and not service and not gpu"
+
+test-all: .venv/.installed  ## and the slow, browser and service tests
+	$(ONE_THREAD) $(BIN)/python -m pytest -q -n 2 -m "not gpu"
+
+check: .venv/.installed  ## style, types, import contracts
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[flows,dev]"
+	@touch $@
+
+clean:  ## forget local state; data and environment stay
+	rm -rf .endoprint scores

@@ -1,0 +1,24 @@
+"""The whole story as one flow: `python -m flows.story` is what `make demo` runs."""
+
+from __future__ import annotations
+
+from prefect import flow, runtime, task
+
+from endoprint import jobs
+
+
+@flow
+def story(workspace: str = ".") -> str:
+    """Walk the job list from cells to scored cells; return the path of `story.json`."""
+    told = {
+        step.name: task(step.job, name=step.name)(workspace, **step.arguments)
+        for step in jobs.story_steps(workspace)
+    }
+    tell = task(jobs.tell, name="tell")
+    return tell(workspace, told=told, flow_run_id=str(runtime.flow_run.id))
+
+
+if __name__ == "__main__":
+    from endoprint.cli.story import run_flow
+
+    run_flow("flows.story:story")

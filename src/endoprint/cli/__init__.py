@@ -1,0 +1,58 @@
+"""`endoprint <noun or job>`: every job without Prefect, each with `--help` and `--json`.
+
+Heavy imports stand inside the commands, so that `endoprint --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from endoprint.config import Refusal
+
+Folder = Annotated[Path, typer.Option("--workspace", "-w", help="the workspace; default: here")]
+Json = Annotated[bool, typer.Option("--json", help="machine-readable result on standard output")]
+
+
+class Polite(TyperGroup):
+    """A user's mistake is one line and exit status 2, never a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; turn a refusal into its line."""
+        try:
+            return super().invoke(ctx)
+        except Refusal as refusal:
+            typer.echo(f"endoprint: {refusal}", err=True)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    name="endoprint",
+    cls=Polite,
+    help="Read the endocrine fingerprint that an exposure leaves in a cell's transcriptome.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+
+def say(result: dict[str, Any], text: str, as_json: bool) -> None:
+    """Print the result: text for people, JSON for machines."""
+    typer.echo(json.dumps(result, indent=1, default=str) if as_json else text)
+
+
+def main() -> None:
+    """Entry point of the `endoprint` command."""
+    from endoprint.cli import data, fitting, registry, story  # noqa: F401 -- they add commands
+
+    try:
+        app()
+    except KeyboardInterrupt:
+        typer.echo("endoprint: stopped by Ctrl-C; what was finished is kept", err=True)
+        sys.exit(130)

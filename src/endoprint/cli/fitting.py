@@ -1,0 +1,73 @@
+"""Commands that fit and compare: pretrain, search, train, models, leaderboard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from endoprint import jobs
+from endoprint.cli import Folder, Json, app, say
+
+
+@app.command()
+def pretrain(workspace: Folder = Path(), as_json: Json = False) -> None:
+    """Pre-train a small Geneformer by masked learning on the pool of unlabelled cells."""
+    run = jobs.pretrain(str(workspace))
+    say({"run_id": run}, f"backbone pre-trained; run {run}", as_json)
+
+
+@app.command()
+def search(
+    model: Annotated[str, typer.Argument(help="a row of `endoprint models`")],
+    trials: Annotated[int, typer.Option(help="trials, earlier runs' included")] = 20,
+    workspace: Folder = Path(),
+    as_json: Json = False,
+) -> None:
+    """Tune a model on development units; prints the winner as a diff of params.yaml."""
+    from endoprint.search import read_result
+
+    run = jobs.search(str(workspace), model=model, trials=trials)
+    result = read_result(str(workspace), model)
+    say({"run_id": run} | result, result["text"], as_json)
+
+
+@app.command()
+def train(
+    model: Annotated[str, typer.Argument(help="a row of `endoprint models`")],
+    tuned: Annotated[bool, typer.Option("--tuned", help="with its search's winner")] = False,
+    workspace: Folder = Path(),
+    as_json: Json = False,
+) -> None:
+    """Fit one model: judged on held-out development units, then fitted on all of them."""
+    run = jobs.train(str(workspace), model=model, tuned="yes" if tuned else "")
+    figures = jobs.figures_of(str(workspace), run)
+    text = f"{model}: macro-F1 {figures['macro_f1']:.3f} on held-out development units; run {run}"
+    say({"run_id": run, "metrics": figures}, text, as_json)
+
+
+@app.command()
+def models(as_json: Json = False) -> None:
+    """List the table of models: what each is, costs, needs, and whom to cite."""
+    from dataclasses import asdict
+
+    from endoprint.model import TABLE
+
+    rows = {name: asdict(row) for name, row in TABLE.items()}
+    lines = [
+        f"{name}\n  {row.line}\n  cost: {row.cost} · licence: {row.licence} · cite: {row.citation}"
+        f"\n  needs: {row.needs}"
+        for name, row in TABLE.items()
+    ]
+    say(rows, "\n".join(lines), as_json)
+
+
+@app.command()
+def leaderboard(workspace: Folder = Path(), as_json: Json = False) -> None:
+    """Compare the latest fit of every model on the same held-out development units."""
+    import json
+
+    path = Path(jobs.leaderboard(str(workspace)))
+    board = json.loads(path.read_text())
+    say(board, jobs.leaderboard_text(str(workspace)), as_json)

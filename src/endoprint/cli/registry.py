@@ -1,0 +1,73 @@
+"""Commands on what is live: promote, score, ui, gc."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from endoprint import jobs
+from endoprint.cli import Folder, Json, app, say
+
+
+@app.command()
+def promote(
+    version: Annotated[str, typer.Argument(help="a registered version; none: the leader")] = "",
+    workspace: Folder = Path(),
+    as_json: Json = False,
+) -> None:
+    """Judge a version on test units by registry/policy.yaml; promote it if that allows."""
+    chosen = version or jobs.register(str(workspace))
+    verdict = json.loads(Path(jobs.promote(str(workspace), version=chosen)).read_text())
+    lines = [f"{verdict['decision']}: version {verdict['version']}"]
+    lines += [f"  - {reason}" for reason in verdict["reasons"]]
+    say(verdict, "\n".join(lines), as_json)
+
+
+@app.command()
+def score(
+    file: Annotated[Path, typer.Argument(help="h5ad of cells, or a folder of them")],
+    out_dir: Annotated[Path, typer.Argument(help="folder for scores.parquet and report.html")],
+    model: Annotated[str, typer.Option(help="models:/NAME@champion (default) or /VERSION")] = "",
+    workspace: Folder = Path(),
+    as_json: Json = False,
+) -> None:
+    """Say of every cell what it was exposed to, with the champion."""
+    path = Path(jobs.score(str(workspace), file=str(file), out=str(out_dir), model=model))
+    summary = json.loads(path.read_text())
+    lines = [*summary.get("sentences", []), f"{summary['n_cells']} cells scored: {out_dir}"]
+    say(summary, "\n".join(lines), as_json)
+
+
+@app.command()
+def ui(
+    port: Annotated[int, typer.Option(help="on 127.0.0.1")] = 5000,
+    workspace: Folder = Path(),
+) -> None:
+    """Open MLflow's UI on the workspace's store, on this machine only, until Ctrl-C."""
+    from endoprint.workspace import Workspace
+
+    space = Workspace.at(workspace)
+    space.local.mkdir(parents=True, exist_ok=True)
+    typer.echo(f"MLflow on http://127.0.0.1:{port}  (Ctrl-C stops it)")
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--backend-store-uri", space.tracking_uri]
+    command += ["--default-artifact-root", space.artifacts]
+    raise typer.Exit(subprocess.run(command, env=space.environment(), check=False).returncode)
+
+
+@app.command()
+def gc(
+    delete: Annotated[bool, typer.Option("--delete", help="do it; else only say")] = False,
+    workspace: Folder = Path(),
+    as_json: Json = False,
+) -> None:
+    """Say (or delete) what no version needs: failed and killed runs, stale journals."""
+    found = jobs.gc(str(workspace), delete=delete)
+    verb = "deleted" if delete else "would delete"
+    text = "\n".join(f"{verb} {what}" for what in found["items"]) or "nothing to delete"
+    say(found, text, as_json)
