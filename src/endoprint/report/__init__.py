@@ -1,0 +1,1 @@
+"""Leaderboard, figures, HTML pages and the model card."""
