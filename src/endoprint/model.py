@@ -85,6 +85,7 @@ class ExposureModel(ABC):
         self.seed = seed
         self.resources = resources or Resources()
         self.exposures: list[str] = []  # column order of every answer; sorted; set by fit
+        self.genes: list[str] = []  # measured in the training cells; set by fit
         self.temperature = 1.0
         self.population_temperature = 1.0
         self.novelty_threshold = float("inf")
@@ -132,6 +133,7 @@ class ExposureModel(ABC):
                 ", ".join(self.exposures) or "none",
                 "check the exposure key and the split",
             )
+        self.genes = [str(gene) for gene in train.var_names]
         self._learn(train, valid, watch, work)
         units = {
             part: sorted(set(cells.obs["unit"].astype(str)))
@@ -204,6 +206,7 @@ class ExposureModel(ABC):
         head = {
             "model": self.name,
             "exposures": self.exposures,
+            "genes": self.genes,
             "config": self.config.model_dump(mode="json"),
             "seed": self.seed,
             "temperature": self.temperature,
@@ -226,6 +229,7 @@ class ExposureModel(ABC):
             )
         model = cls(cls.Config.of(head["config"], where="model.json config"), seed=head["seed"])
         model.exposures = list(head["exposures"])
+        model.genes = list(head["genes"])
         model.temperature = head["temperature"]
         model.population_temperature = head["population_temperature"]
         threshold = head["novelty_threshold"]
