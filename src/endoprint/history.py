@@ -56,7 +56,7 @@ def append(workspace: Workspace, what: str, said: Mapping[str, Any]) -> Line:
 
 
 def read(workspace: Workspace) -> list[Line]:
-    """Return all lines, oldest first; a line that is not JSON is refused, the torn last one is not."""
+    """Return all lines, oldest first; one that is not JSON is refused, a torn last one is not."""
     place = path(workspace)
     if not place.is_file():
         return []

@@ -24,6 +24,7 @@ import psutil
 import yaml
 from pydantic import BaseModel, ConfigDict
 
+from endoprint.curated import md5
 from endoprint.workspace import Workspace
 
 PACKAGES = (  # those whose version can change a number
@@ -213,7 +214,7 @@ def input_hashes(workspace: Workspace) -> tuple[dict[str, str], list[str]]:
         is_as_locked = (
             entry.get("size") == state.st_size and state.st_mtime_ns <= lock.stat().st_mtime_ns
         )
-        hashes[name] = str(entry["md5"]) if is_as_locked else file_md5(path)
+        hashes[name] = str(entry["md5"]) if is_as_locked else md5(path)
         if entry and hashes[name] != entry["md5"]:
             changed.append(name)
     return hashes, changed
@@ -238,12 +239,6 @@ def _locked_files(lock: Path) -> dict[str, dict[str, Any]]:
         # a dependency on a package folder is code as well; git holds it
         and Path(entry["path"]).parts[0] not in ("src", "flows")
     }
-
-
-def file_md5(path: Path) -> str:
-    """Return the md5 of a file's bytes: the digest DVC uses."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
 # -- software and machine -----------------------------------------------------------------------
