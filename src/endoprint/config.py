@@ -51,6 +51,8 @@ class Config(BaseModel):
     def _stay_in_range(self) -> Self:
         for name, field in type(self).model_fields.items():
             value = getattr(self, name)
+            if value is None:  # "not chosen here": the owner says what happens then
+                continue
             for annotation in field.metadata:
                 low, high = getattr(annotation, "low", None), getattr(annotation, "high", None)
                 if low is not None and high is not None and not low <= value <= high:
