@@ -153,15 +153,16 @@ def reliability(predictions: pd.DataFrame) -> Figure:
     return figure
 
 
-def per_unit(by_unit: pd.DataFrame, *, chance: float | None = None) -> Figure:
+def per_unit(by_unit: pd.DataFrame, *, chance: float | None = None, part: str = "unit") -> Figure:
     """Draw macro-F1 on every unit no model was fitted on, and below it each model's mean.
 
     by_unit: index units, one column a model, values macro-F1 in [0, 1] or NaN. The bar of a mean
-    is the interval over units where there are enough of them, else their range.
+    is the interval over units where there are enough of them, else their range. `part` names
+    what is held out where that is no unit; then nothing is inferred.
     """
     models = [str(name) for name in by_unit.columns]
     n_units, n_means = len(by_unit), len(models) if len(by_unit) > 1 else 0
-    figure, ax = sheet(8.4, 1.9 + 0.3 * (n_units + n_means), _unit_claim(by_unit))
+    figure, ax = sheet(8.4, 1.9 + 0.3 * (n_units + n_means), _unit_claim(by_unit, part))
     names = [str(unit) for unit in by_unit.index]
     places = list(np.arange(n_units, dtype=float))
     for number, model in enumerate(models):
@@ -181,7 +182,7 @@ def per_unit(by_unit: pd.DataFrame, *, chance: float | None = None) -> Figure:
         if not n_means:
             continue
         place = n_units + 0.5 + number
-        found = interval(scores)
+        found = interval(scores) if part == "unit" else None
         low, high = found or (float(scores.min()), float(scores.max()))
         ax.plot([low, high], [place, place], color=colour, lw=3, alpha=0.45)
         ax.plot([scores.mean()], [place], ms=7, color=colour, marker=marker)
@@ -196,8 +197,8 @@ def per_unit(by_unit: pd.DataFrame, *, chance: float | None = None) -> Figure:
         lowest = min(lowest, chance)
         ax.axvline(chance, color=SOFT, lw=1, ls=(0, (2, 2)), label="chance")
     ax.set_xlim(max(-0.02, lowest - 0.08), 1.02)
-    ax.set_xlabel("macro-F1 on the unit's own cells (1 is perfect)")
-    ax.set_ylabel("held-out unit")
+    ax.set_xlabel(f"macro-F1 on the {part}'s own cells (1 is perfect)")
+    ax.set_ylabel(f"held-out {part}")
     ax.grid(axis="x", color=FAINT, lw=0.6)
     if len(models) > 1 or chance is not None:
         legend(ax, "model")
@@ -366,16 +367,17 @@ def _reliability_claim(error: float, floor: float, calls: pd.DataFrame) -> str:
     return f"Calls are {how}: ECE {error:.3f}, above its noise floor of {floor:.3f}"
 
 
-def _unit_claim(by_unit: pd.DataFrame) -> str:
+def _unit_claim(by_unit: pd.DataFrame, part: str) -> str:
     mean = by_unit.mean()
     if mean.isna().all():
-        return "No unit could be judged"
+        return f"No {part} could be judged"
     best = mean.idxmax()
     values = by_unit[best].dropna()
     if len(values) == 1:
-        return f"{best}: macro-F1 {values.iloc[0]:.2f} on the one unit judged ({values.index[0]})"
-    rule = "; too few for an interval" if len(values) < FEWEST_FOR_INTERVAL else ""
+        return f"{best}: macro-F1 {values.iloc[0]:.2f} on the one {part} judged, {values.index[0]}"
+    is_few = part == "unit" and len(values) < FEWEST_FOR_INTERVAL
     return (
         f"{best} does worst on {values.idxmin()}: macro-F1 {values.min():.2f}; "
-        f"{values.max():.2f} at best (n = {len(values)} units{rule})"
+        f"{values.max():.2f} at best (n = {len(values)} {part}s"
+        f"{'; too few for an interval' if is_few else ''})"
     )

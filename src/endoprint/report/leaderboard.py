@@ -1,0 +1,265 @@
+"""The leaderboard on a terminal and as a page: what the design allows first, figures after."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from io import StringIO
+from typing import Any
+
+import pandas as pd
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from endoprint.paired import FEWEST_FOR_INTERVAL
+from endoprint.report import figures, page
+from endoprint.report.board import Board, counted, sentence, verdict
+from endoprint.report.page import WORDS, Note
+
+WIDTH = 100  # columns of every screen this project draws
+COLOURS = {"stop": "bold red", "mind": "yellow", "fine": "green"}
+
+
+def seconds(value: float) -> str:
+    """Write a duration in seconds with the digits that matter."""
+    return f"{value:.3f}" if value < 0.1 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def _three(value: float) -> str:
+    return f"{value:.3f}"
+
+
+# column of the table -> head on the terminal, head on the page, how it is written
+COLUMNS: dict[str, tuple[str, str, Callable[[float], str]]] = {
+    "balanced_accuracy": ("bal.\nacc.", "balanced accuracy", _three),
+    "auroc_macro": ("AUROC", "AUROC (macro)", _three),
+    "ece": ("ECE", "ECE", _three),
+    "worst_unit_macro_f1": ("worst\npart", "worst part, macro-F1", _three),
+    "shuffled_macro_f1": ("shuffled\nlabels", "shuffled labels, macro-F1", _three),
+    "fit_seconds": ("fit\ns", "fit, s", seconds),
+    "score_seconds_per_1000_cells": ("score\ns/1000", "score, s per 1,000 cells", seconds),
+}
+
+
+def leaderboard(board: Board) -> RenderableType:
+    """Draw the leaderboard for a terminal of 100 columns."""
+    return Group(
+        *note_lines(verdict(board)), Text(), Text(sentence(board), style="bold"), Text(),
+        leaderboard_table(board), *few_units(board),
+    )  # fmt: skip
+
+
+def leaderboard_table(board: Board) -> Table:
+    """Draw every model's figures, best first; figures nobody has are left out."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    # Text: square brackets would be read as markup
+    table.add_column("model", overflow="fold", min_width=min(_longest(board), 24))
+    table.add_column(Text(f"macro-F1\n[{spread_name(board)}]"), no_wrap=True)
+    known = known_columns(board)
+    for column in known:
+        table.add_column(COLUMNS[column][0], justify="right", no_wrap=True)
+    table.add_column(Text(f"against\n{board.bar}"), justify="right", no_wrap=True)
+    for name, row in board.ranked.iterrows():
+        model = str(name)
+        table.add_row(
+            Text(model, style="bold" if model == board.leader else ""),
+            _score(board, model, float(row["macro_f1"])),
+            *(_cell(row[column], COLUMNS[column][2]) for column in known),
+            _bar_cell(board, model),
+        )
+    return table
+
+
+def few_units(board: Board) -> list[RenderableType]:
+    """Draw every unit's macro-F1 where units are too few for an interval (judging rule 1)."""
+    if not 0 < len(board.by_unit) < FEWEST_FOR_INTERVAL:
+        return []
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    table.add_column(f"held-out {board.part}", overflow="fold")
+    models = [str(name) for name in board.ranked.index if name in board.by_unit]
+    for model in models:
+        table.add_column(Text(f"{model}\nmacro-F1"), justify="right")
+    for unit, row in board.by_unit.iterrows():
+        table.add_row(Text(str(unit)), *(_cell(row[model], _three) for model in models))
+    return [Text(), table]
+
+
+def spread_name(board: Board) -> str:
+    """Say what the brackets behind a macro-F1 hold."""
+    is_interval = any(
+        len(board.by_unit[name].dropna()) >= FEWEST_FOR_INTERVAL for name in board.by_unit
+    )
+    if board.is_replicated and is_interval:
+        return "≈95 % interval"
+    return "range of units" if board.is_replicated else "range of parts"
+
+
+def known_columns(board: Board) -> list[str]:
+    """Return those of `COLUMNS` that at least one model has a figure for."""
+    return [name for name in COLUMNS if name in board.table and board.table[name].notna().any()]
+
+
+def note_lines(notes: list[Note]) -> list[RenderableType]:
+    """Draw each note with its weight in a word, and in colour for who sees it."""
+    lines: list[RenderableType] = []
+    for note in notes:
+        grid = Table.grid(padding=(0, 1))
+        grid.add_column(width=4)
+        grid.add_column()
+        grid.add_row(Text(WORDS[note.weight], style=COLOURS[note.weight]), Text(note.text))
+        lines.append(grid)
+    return lines
+
+
+def to_text(renderable: RenderableType, *, width: int = WIDTH) -> str:
+    """Return what a terminal would show, without colours."""
+    stream = StringIO()
+    Console(file=stream, width=width, color_system=None, _environ={}).print(renderable)
+    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
+
+
+def _longest(board: Board) -> int:
+    return max(len(str(name)) for name in board.table.index)
+
+
+def _cell(value: Any, write: Callable[[float], str]) -> str:
+    number = float("nan") if value is None else float(value)
+    return write(number) if math.isfinite(number) else "–"
+
+
+def _score(board: Board, model: str, value: float) -> str:
+    if not math.isfinite(value):
+        return "–"
+    spread = board.spread(model)
+    return f"{value:.3f}" + (f" [{spread[0]:.2f}–{spread[1]:.2f}]" if spread else "")
+
+
+def _bar_cell(board: Board, model: str) -> str:
+    if model == board.bar:
+        return "the bar"
+    found = board.against_bar(model)
+    if found is None:
+        return "–"
+    n_ahead = sum(value > 0 for value in found.units.values())
+    return f"{found.difference:+.3f} ({n_ahead}/{found.n_units})"
+
+
+# -- the page -----------------------------------------------------------------------------------
+def leaderboard_page(
+    board: Board,
+    *,
+    predictions: Mapping[str, pd.DataFrame] | None = None,
+    control: str | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> str:
+    """Return the leaderboard as one self-contained HTML page.
+
+    `predictions`: model -> cross-fitted predictions (index cell id; `unit`, `truth`,
+    `p_<exposure>`); the leader's and the bar's are drawn. `provenance`: what the figures rest on.
+    """
+    blocks = [
+        page.notes(verdict(board)),
+        page.paragraph(sentence(board), kind="lead"),
+        page.table(_page_table(board), left=("model", f"over {board.part}s"), first=True),
+        page.paragraph(_legend(board), kind="soft"),
+        *_comparison_figures(board),
+    ]
+    drawn = predictions or {}
+    for model in dict.fromkeys([board.leader, board.bar]):
+        if model in drawn and len(drawn[model]):
+            blocks += _model_figures(board, model, drawn[model], control)
+    f1 = _f1_table(board)
+    if f1 is not None:
+        blocks += [page.heading("F1 of every exposure"), page.table(f1)]
+    if provenance:
+        blocks += [page.heading("What this rests on"), page.facts(provenance)]
+    return page.document(f"Leaderboard: {board.task}", blocks)
+
+
+def _page_table(board: Board) -> pd.DataFrame:
+    rows = []
+    for name, row in board.ranked.iterrows():
+        model = str(name)
+        label = board.labels.get(model)
+        rows.append(
+            {
+                "model": f"{model} ({label})" if label else model,
+                f"macro-F1 [{spread_name(board)}]": _score(board, model, float(row["macro_f1"])),
+                **{
+                    COLUMNS[column][1]: _cell(row[column], COLUMNS[column][2])
+                    for column in known_columns(board)
+                },
+                f"against {board.bar}": _bar_cell(board, model),
+                f"over {board.part}s": board.told_apart(model),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _legend(board: Board) -> str:
+    n = f"{board.n_exposures} " if board.n_exposures else ""
+    return (
+        f"Macro-F1: the mean F1 over {n}exposures, all judged cells together; 1 is perfect; in "
+        f"brackets, over the {board.part}s' own. ECE: how far stated confidence is from the share "
+        "of right calls. Shuffled labels: the same model fitted after exposures were permuted "
+        f"among a unit's samples; what is left is not biology. Against {board.bar}: the mean "
+        f"difference over {board.part}s, and in how many it is positive."
+    )
+
+
+def _comparison_figures(board: Board) -> list[str]:
+    blocks = []
+    if len(board.by_unit) and board.by_unit.notna().to_numpy().any():
+        order = [name for name in board.ranked.index if name in board.by_unit]
+        figure = figures.per_unit(
+            board.by_unit[order],
+            chance=1 / board.n_exposures if board.n_exposures else None,
+            part=board.part,
+        )
+        blocks += [
+            page.heading(f"Every held-out {board.part}"),
+            page.picture(figure, alt=f"macro-F1 of every model on every held-out {board.part}"),
+        ]
+    cost = next(
+        (
+            name
+            for name in ("score_seconds_per_1000_cells", "fit_seconds")
+            if name in known_columns(board)
+        ),
+        None,
+    )
+    if cost and len(board.table) > 1:
+        figure = figures.cost_quality(board.table, cost=cost)
+        alt = f"macro-F1 of every model against its {cost.replace('_', ' ')}"
+        blocks += [page.heading("Cost beside quality"), page.picture(figure, alt=alt)]
+    return blocks
+
+
+def _model_figures(
+    board: Board, model: str, predictions: pd.DataFrame, control: str | None
+) -> list[str]:
+    said = f"{counted(len(predictions), 'cell')}, each judged by a fit that never saw its {board.part}"
+    return [
+        page.heading(model),
+        page.picture(
+            figures.confusion(predictions), alt=f"confusion matrix of {model}", caption=said
+        ),
+        page.picture(
+            figures.roc(predictions, control=control),
+            alt=f"ROC curves of {model}, every exposure against the rest",
+        ),
+        page.picture(
+            figures.reliability(predictions), alt=f"confidence against correctness of {model}"
+        ),
+    ]
+
+
+def _f1_table(board: Board) -> pd.DataFrame | None:
+    names = [name for name in board.table.columns if str(name).startswith("f1_")]
+    if not names:
+        return None
+    f1 = board.ranked[names].astype(float).T
+    f1.insert(0, "exposure", [str(name).removeprefix("f1_") for name in names])
+    return f1
