@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +187,7 @@ def write(cells: AnnData, path: str | Path) -> None:
         if obs[name].dtype == object or isinstance(obs[name].dtype, pd.StringDtype):
             # sorted categories: the bytes must not depend on the order of appearance
             obs[name] = pd.Categorical(obs[name].astype(str))
-    out = AnnData(X=_csr(cells), obs=obs, var=cells.var.copy(), uns=dict(cells.uns))
+    out = AnnData(X=_csr(cells), obs=obs, var=cells.var.copy(), uns=_in_order(cells.uns))
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -245,6 +245,14 @@ def check(cells: AnnData, *, where: str) -> None:
 def _csr(cells: AnnData) -> sparse.csr_matrix:
     counts = cells.X
     return counts if isinstance(counts, sparse.csr_matrix) else sparse.csr_matrix(counts)
+
+
+def _in_order(values: Mapping[str, Any]) -> dict[str, Any]:
+    """HDF5 lays groups out as they come: the order of keys would change the bytes."""
+    return {
+        key: _in_order(value) if isinstance(value, Mapping) else value
+        for key, value in sorted(values.items())
+    }
 
 
 def refuse_double_cells(ids: pd.Index) -> None:
