@@ -132,7 +132,9 @@ class Design:
 
     split_hash: str
     test_units: tuple[str, ...]
-    is_confounded: bool  # some exposure cannot be told from its technical run
+    is_confounded: (
+        bool | None
+    )  # some exposure cannot be told from its technical run; None: unknown
     is_replicated: bool
     n_openings: int  # how often these test units were opened before
 
@@ -161,6 +163,12 @@ class Verdict:
         return asdict(self)
 
     @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Verdict:
+        """Read what `to_json` gave."""
+        checks = [Check(**check) for check in values["checks"]]
+        return cls(values["decision"], list(values["reasons"]), checks)
+
+    @classmethod
     def of(cls, checks: Sequence[Check]) -> Verdict:
         """Draw the verdict: one rejection rejects, else one hold holds."""
         failed = [check for check in checks if not check.passed]
@@ -175,15 +183,18 @@ class Verdict:
 
 # -- before the test units open -----------------------------------------------------------------
 def admit(
-    candidate: Evidence, champion: Evidence | None, policy: Policy, design: Design
+    candidate: Evidence,
+    champion: Evidence | None,
+    baselines: Mapping[str, Evidence],
+    policy: Policy,
+    design: Design,
 ) -> list[Check]:
     """Apply the rules that need no test cell; any that fails keeps the test units shut.
 
     Refuses two models that cannot be compared at all.
     """
     _refuse_incomparable(candidate, champion, policy, design)
-    leaked = sorted(candidate.seen_units & set(design.test_units))
-    n = len(design.test_units)
+    leaked, n = sorted(candidate.seen_units & set(design.test_units)), len(design.test_units)
     spent = design.n_openings >= policy.budget
     return [
         Check(
@@ -201,15 +212,7 @@ def admit(
             else "replicated: false; no independent unit repeats an exposure",
             "hold",
         ),
-        Check(
-            "not confounded",
-            not design.is_confounded or policy.allow_confounded,
-            ("confounded: exposure cannot be told from technical run" + _allowed(policy))
-            if design.is_confounded
-            else "exposure and technical run can be told apart",
-            "hold",
-            is_caveat=design.is_confounded,
-        ),
+        _unconfounded(policy, design),
         Check(
             "enough units",
             n >= FEWEST_FOR_INTERVAL or policy.allow_few_units,
@@ -227,11 +230,45 @@ def admit(
             + ("; the budget is spent: add new test units" if spent else ""),
             "hold",
         ),
+        *(
+            _at_hand(candidate, name, baselines.get(name), design)
+            for name in policy.baselines
+            if name != candidate.model
+        ),
     ]
 
 
-def _allowed(policy: Policy) -> str:
-    return "; allowed by the policy (allow_confounded)" if policy.allow_confounded else ""
+def _at_hand(candidate: Evidence, name: str, baseline: Evidence | None, design: Design) -> Check:
+    found = _is_comparable(candidate, baseline, design)
+    said = (
+        f"the baseline {name} is fitted on the same split"
+        if found
+        else f"no {name} was fitted on this split and these exposures: train it, then promote"
+    )
+    return Check(f"{name} at hand", found, said, "hold")
+
+
+def _is_comparable(candidate: Evidence, baseline: Evidence | None, design: Design) -> bool:
+    return (
+        baseline is not None
+        and baseline.exposures == candidate.exposures
+        and baseline.split_hash == candidate.split_hash
+        and not baseline.seen_units & set(design.test_units)
+    )
+
+
+def _unconfounded(policy: Policy, design: Design) -> Check:
+    """Design not known to be sound is treated as unsound: the policy may allow it, aloud."""
+    if design.is_confounded is False:
+        return Check("not confounded", True, "exposure and technical run can be told apart")
+    said = (
+        "confounded: true; exposure cannot be told from technical run"
+        if design.is_confounded
+        else "confounded: unknown; no batch is recorded"
+    )
+    if policy.allow_confounded:
+        said += "; allowed by the policy (allow_confounded)"
+    return Check("not confounded", policy.allow_confounded, said, "hold", is_caveat=True)
 
 
 def _refuse_incomparable(
@@ -254,13 +291,9 @@ def _refuse_incomparable(
         if ours != theirs:
             raise Refusal(
                 f"two versions are compared only at equal {what}",
-                f"{_short(ours)} for {candidate.label}, {_short(theirs)} for {champion.label}",
+                f"{ours} for {candidate.label}, {theirs} for {champion.label}",
                 "retire the champion first (`registry.retire`), which the history will show",
             )
-
-
-def _short(value: str | tuple[str, ...]) -> str:
-    return value[:12] if isinstance(value, str) else ", ".join(value)
 
 
 # -- everything ---------------------------------------------------------------------------------
@@ -276,11 +309,12 @@ def decide(
     `baselines` holds those of the policy's that could be had, by name. Differences are paired
     over test units, at the confidence one opening of the budget must reach (judging rules 1, 2).
     """
-    checks = admit(candidate, champion, policy, design)
+    checks = admit(candidate, champion, baselines, policy, design)
     checks += _floors(candidate, policy.at_least) + _ceilings(candidate, policy.at_most)
     checks += [
-        _against_baseline(candidate, name, baselines.get(name), policy)
+        _against_baseline(candidate, name, baselines[name], policy)
         for name in policy.baselines
+        if name != candidate.model and _is_comparable(candidate, baselines.get(name), design)
     ]
     if champion is None:
         checks.append(Check("champion", True, "there is no champion to beat"))
@@ -317,26 +351,14 @@ def _bound(name: str, value: float, limit: float, *, is_floor: bool) -> Check:
         return Check(name, False, f"{name} could not be measured", "hold")
     passed = value >= limit if is_floor else value <= limit
     shown = f"{name} above its noise floor" if name == "ece" else name
-    words = "is at least" if is_floor else "is at most"
-    failed = "is below" if is_floor else "is above"
-    return Check(name, passed, f"{shown} {value:.3f} {words if passed else failed} {limit:g}")
+    words = ("is below", "is at least") if is_floor else ("is above", "is at most")
+    return Check(name, passed, f"{shown} {value:.3f} {words[passed]} {limit:g}")
 
 
-def _against_baseline(
-    candidate: Evidence, name: str, baseline: Evidence | None, policy: Policy
-) -> Check:
+def _against_baseline(candidate: Evidence, name: str, baseline: Evidence, policy: Policy) -> Check:
     rule = f"beats {name}"
-    if candidate.model == name:
-        return Check(rule, True, f"{candidate.label} is itself the baseline {name}")
-    comparable = baseline is not None and (
-        (baseline.exposures, baseline.split_hash) == (candidate.exposures, candidate.split_hash)
-    )
-    if baseline is None or not comparable:
-        return Check(
-            rule, False, f"no {name} was fitted on this split: train it, then promote", "hold"
-        )
     if not is_costlier(candidate, baseline):
-        return Check(rule, True, f"{candidate.label} costs no more than {name}, which binds")
+        return Check(rule, True, f"{candidate.label} costs no more than {name}, nor need beat it")
     return _paired(rule, candidate, baseline, policy, by=0.0)
 
 

@@ -56,6 +56,10 @@ SILENCE = {
 }
 LOUD = ("mlflow", "alembic")  # INFO lines on every new store, warnings about every model
 PARAMS_PER_CALL, METRICS_PER_CALL = 100, 1000  # the server's limits (MLflow REST API, log-batch)
+SEARCHED_TAGS = (
+    "seed", "split_hash", "exposures", "git_sha", "is_dirty", "base_model", "model_id",
+    "model_sha256",
+)  # fmt: skip
 STARTED_TOLERANCE_SECONDS = 2.0  # process start times are kept to clock ticks
 
 _ambient_lock = threading.RLock()
@@ -134,9 +138,10 @@ class Run:
 
     def metrics(self, values: Mapping[str, float | None], step: int = 0) -> None:
         """Log figures under the names given; None says unknown and is left out."""
-        now = int(time.time() * 1000)
         known = [
-            Metric(_safe(name), float(value), now, step, model_id=self.model_id)
+            Metric(
+                _safe(name), float(value), int(time.time() * 1000), step, model_id=self.model_id
+            )
             for name, value in values.items()
             if value is not None
         ]
@@ -270,9 +275,10 @@ def run(
     try:
         yield Run(store, run_id, experiment_id)
     except BaseException as error:  # closed whatever happened, then raised on
-        store.set_tag(run_id, "error", _one_line(error))
-        stopped = isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit | Pruned)
-        store.set_terminated(run_id, "KILLED" if stopped else "FAILED")
+        line = " ".join(f"{type(error).__name__}: {error}".split())
+        store.set_tag(run_id, "error", line[:500])
+        was_stopped = isinstance(error, Pruned) or not isinstance(error, Exception)
+        store.set_terminated(run_id, "KILLED" if was_stopped else "FAILED")
         raise
     store.set_terminated(run_id, "FINISHED")
 
@@ -284,7 +290,7 @@ def sweep(workspace: Workspace) -> list[str]:
     A run of another machine is left alone: only its own machine can tell.
     """
     store = client(workspace)
-    mine = f"tags.host = '{_host()}' and attributes.status = 'RUNNING'"
+    mine = f"tags.host = '{platform.node()}' and attributes.status = 'RUNNING'"
     found = store.search_runs([experiment(workspace, store)], filter_string=mine)
     swept = []
     for stale in found:
@@ -297,14 +303,10 @@ def sweep(workspace: Workspace) -> list[str]:
 
 def _process_tags() -> dict[str, str]:
     return {
-        "host": _host(),
+        "host": platform.node(),
         "pid": str(os.getpid()),
         "process_started": f"{psutil.Process().create_time():.2f}",
     }
-
-
-def _host() -> str:
-    return platform.node() or "unknown"
 
 
 def _is_alive(tags: Mapping[str, str]) -> bool:
@@ -354,12 +356,6 @@ def runs_table(
     return pd.DataFrame(rows, columns=None if rows else first).set_index("run_id")
 
 
-SEARCHED_TAGS = (
-    "seed", "split_hash", "exposures", "git_sha", "is_dirty", "base_model", "model_id",
-    "model_sha256",
-)  # fmt: skip
-
-
 def _row(found: Any) -> dict[str, Any]:  # mlflow.entities.Run, which carries no types
     tags = found.data.tags
     return {
@@ -404,8 +400,3 @@ def _said(value: Any) -> str:  # any plain value a Config holds
 def _safe(name: str) -> str:
     """MLflow allows letters, digits and ` /_-.:` in a metric's name; exposures may hold more."""
     return "".join(c if c.isalnum() or c in " /_-.:" else "_" for c in name)
-
-
-def _one_line(error: BaseException) -> str:
-    words = " ".join(f"{type(error).__name__}: {error}".split())
-    return words[:500]

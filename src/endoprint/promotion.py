@@ -1,0 +1,286 @@
+"""Candidate against champion on the test units: opened here only, counted, decided, recorded.
+
+Both are scored fresh on the same cells, together with the baselines the policy names; the
+verdict is `gates.decide`'s. A decision made once is not made again: the same models under the
+same rules are not shown the test units twice.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from anndata import AnnData
+
+from endoprint import gates, history, registry, tracking
+from endoprint.config import Refusal
+from endoprint.curated import load
+from endoprint.design import Split
+from endoprint.gates import Design, Evidence, Policy, Verdict
+from endoprint.judge import judge_fitted
+from endoprint.lineage import hash_of
+from endoprint.model import ExposureModel
+from endoprint.model import load as load_model
+from endoprint.registry import CANDIDATE, Version
+from endoprint.workspace import Workspace
+
+TIMINGS = 3  # the median of them is reported
+SLOW_SECONDS = 5.0  # a slower model is timed once: noise is small beside it
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """What was decided, about which version, and who is live now."""
+
+    verdict: Verdict
+    version: Version
+    champion: Version | None  # after the decision
+    was_opened: bool  # whether this decision opened the test units
+    figures: Mapping[str, Any]  # by model: test metrics and the figure of every unit
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values: decision, reasons, checks, version, champion, figures."""
+        return {
+            **self.verdict.to_json(),
+            "version": self.version.version,
+            "model": self.version.model,
+            "uri": self.version.uri,
+            "champion": self.champion.version if self.champion else None,
+            "champion_model": self.champion.model if self.champion else None,
+            "was_opened": self.was_opened,
+            "figures": dict(self.figures),
+        }
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A loaded model and what is known of it."""
+
+    model: ExposureModel
+    evidence: Evidence
+    sha256: str
+
+
+def promote(
+    workspace: Workspace,
+    version: str = "",
+    *,
+    cells: AnnData | None = None,
+    split: Split | None = None,
+    audit: Mapping[str, Any] | None = None,
+) -> Promotion:
+    """Judge a version (`@candidate` unless told) by the policy; move `@champion` if due.
+
+    Cells, split and audit are the workspace's own unless passed. The test units are opened only
+    if every rule that needs no test cell is met; each opening is counted before it happens.
+    """
+    policy = gates.read_policy(workspace.policy)
+    with registry.lock(workspace):
+        registry.recover(workspace)
+        version_of, model = registry.load_version(workspace, version or CANDIDATE)
+        live = registry.champion(workspace)
+        if live is not None and live.version == version_of.version:
+            verdict = Verdict("promote", [f"{live.label} is the champion already"], [])
+            return Promotion(verdict, version_of, live, False, {})
+        split = split or Split.read(workspace.split)
+        candidate = _contender(version_of, model)
+        champion = _contender(live, _loaded(workspace, live)) if live else None
+        cells = cells if cells is not None else load(workspace.cells)
+        held_out = cells[split.parts(cells.obs, fold=None).held_out].copy()
+        audit = audit if audit is not None else _read_audit(workspace)
+        design = _design(workspace, held_out, split, audit)
+        promotion = _decided(workspace, version_of, candidate, champion, policy, design, held_out)
+        _record(workspace, promotion, policy)
+        if promotion.verdict.decision == "promote":
+            why = promotion.verdict.reasons[0]
+            registry.flip(workspace, version_of, expected=live, why=why)
+            promotion = replace(promotion, champion=version_of)
+        else:
+            promotion = replace(promotion, champion=live)
+    return promotion
+
+
+def _decided(
+    workspace: Workspace,
+    version: Version,
+    candidate: Contender,
+    champion: Contender | None,
+    policy: Policy,
+    design: Design,
+    held_out: AnnData,
+) -> Promotion:
+    """Return the verdict: one reached before, one that needs no test cell, or a fresh one."""
+    baselines = _baselines(workspace, candidate.evidence, policy)
+    contenders = [candidate, *([champion] if champion else []), *baselines.values()]
+    key = hash_of(
+        {
+            "models": [each.sha256 for each in contenders],
+            "has_champion": champion is not None,
+            "policy": policy.model_dump(mode="json"),
+            "design": [design.split_hash, design.is_confounded, design.is_replicated],
+        }
+    )
+    earlier = [line for line in history.read(workspace) if line.get("key") == key]
+    if earlier:
+        verdict = Verdict.from_json(earlier[-1]["verdict"])
+        return Promotion(verdict, version, None, False, earlier[-1]["figures"])
+    against = champion.evidence if champion else None
+    known = {name: found.evidence for name, found in baselines.items()}
+    admission = gates.admit(candidate.evidence, against, known, policy, design)
+    if not all(check.passed for check in admission):
+        return Promotion(Verdict.of(admission), version, None, False, {})
+    # counted first: a crash while they are open has opened them all the same
+    told = {"split_hash": design.split_hash, "version": version.version}
+    registry.tell(workspace, "open", told)
+    judged = {each.sha256: _judged(each, held_out, policy) for each in contenders}
+    verdict = gates.decide(
+        judged[candidate.sha256],
+        judged[champion.sha256] if champion else None,
+        {name: judged[found.sha256] for name, found in baselines.items()},
+        policy,
+        design,
+    )
+    figures = {
+        each.evidence.label: {
+            "metrics": _plain(judged[each.sha256].metrics),
+            "by_unit": _plain(judged[each.sha256].by_unit),
+        }
+        for each in contenders
+    }
+    said = {**told, "key": key, "verdict": verdict.to_json(), "figures": figures}
+    registry.tell(workspace, "verdict", said)
+    return Promotion(verdict, version, None, True, figures)
+
+
+def _plain(figures: Mapping[str, float]) -> dict[str, float | None]:
+    """Return figures as JSON knows them: what could not be measured is null."""
+    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
+
+
+# -- who is judged ------------------------------------------------------------------------------
+def _contender(version: Version, model: ExposureModel) -> Contender:
+    return Contender(
+        model, _known(model, version.label, version.tags.get("split_hash", "")), version.sha256
+    )
+
+
+def _known(model: ExposureModel, label: str, split_hash: str) -> Evidence:
+    """Return what is known of a model before the test units open, from its own checked files."""
+    backbone = model.provenance.get("backbone") or {}
+    seen = {
+        *model.provenance.get("training_units", []),
+        *model.provenance.get("validation_units", []),
+        *backbone.get("units", []),
+    }
+    return Evidence(
+        label=label,
+        model=model.name,
+        exposures=tuple(model.exposures),
+        split_hash=split_hash,
+        seen_units=frozenset(seen - {""}),  # "": the design names no units
+        n_parameters=model.n_parameters(),
+    )
+
+
+def _loaded(workspace: Workspace, version: Version) -> ExposureModel:
+    return registry.load_version(workspace, version.uri)[1]
+
+
+def _baselines(workspace: Workspace, candidate: Evidence, policy: Policy) -> dict[str, Contender]:
+    """Return the newest fit of each baseline on the candidate's split, from its training run."""
+    found = {}
+    for name in policy.baselines:
+        runs = tracking.runs_table(
+            workspace, kind="train", model=name, split_hash=candidate.split_hash
+        )
+        runs = runs[runs["model_id"].notna()]
+        if name == candidate.model or runs.empty:
+            continue
+        address, sha256 = f"models:/{runs['model_id'].iloc[0]}", str(runs["model_sha256"].iloc[0])
+        model = load_model(registry.fetch(workspace, address, sha256=sha256))
+        label = f"{name} (baseline)"
+        found[name] = Contender(model, _known(model, label, candidate.split_hash), sha256)
+    return found
+
+
+def _read_audit(workspace: Workspace) -> dict[str, Any]:
+    try:
+        return dict(json.loads(workspace.audit.read_text()))
+    except (OSError, ValueError, TypeError):
+        raise Refusal(
+            "promotion needs the design's audit",
+            f"none at {workspace.audit.relative_to(workspace.root)}",
+            "make it with `dvc repro` or `endoprint audit`",
+        ) from None
+
+
+def _design(
+    workspace: Workspace, held_out: AnnData, split: Split, audit: Mapping[str, Any]
+) -> Design:
+    # held-out plates or wells are no units: nothing biological is held out
+    units = [] if split.is_technical else sorted(set(held_out.obs["unit"].astype(str)) - {""})
+    return Design(
+        split_hash=split.hash,
+        test_units=tuple(units),
+        is_confounded=audit["confounded"],
+        is_replicated=bool(audit["replicated"]) and not split.is_technical,
+        n_openings=openings(workspace, split.hash),
+    )
+
+
+def openings(workspace: Workspace, split_hash: str) -> int:
+    """Return how often the test units of a split were opened."""
+    lines = history.read(workspace)
+    return sum(line["what"] == "open" and line["split_hash"] == split_hash for line in lines)
+
+
+# -- the test units -----------------------------------------------------------------------------
+def _judged(contender: Contender, held_out: AnnData, policy: Policy) -> Evidence:
+    """Score a model on the test cells and say how good and how dear it was."""
+    judgement = judge_fitted(contender.model, held_out)
+    name = "score_seconds_per_1000_cells"
+    first = judgement.metrics[name]
+    timings = [first]
+    if first * held_out.n_obs / 1000 < SLOW_SECONDS:
+        timings += [_seconds_per_1000(contender.model, held_out) for _ in range(TIMINGS - 1)]
+    figures = {**judgement.metrics, name: statistics.median(timings)}
+    each = judgement.by_unit[policy.must_beat_champion.metric]
+    by_unit = {str(unit): float(value) for unit, value in each.items()}
+    return replace(contender.evidence, metrics=figures, by_unit=by_unit)
+
+
+def _seconds_per_1000(model: ExposureModel, cells: AnnData) -> float:
+    began = time.perf_counter()
+    model.predict_proba(cells)
+    seconds = time.perf_counter() - began
+    return 1000 * seconds / int(cells.n_obs)
+
+
+# -- the record ---------------------------------------------------------------------------------
+def _record(workspace: Workspace, promotion: Promotion, policy: Policy) -> None:
+    """Keep the verdict on the version as tags, and with its figures as a run."""
+    verdict, version = promotion.verdict, promotion.version
+    told = {
+        "verdict": verdict.decision,
+        "reasons": "; ".join(verdict.reasons),
+        "policy_hash": hash_of(policy.model_dump(mode="json")),
+        "allow_few_units": str(policy.allow_few_units).lower(),
+    }
+    store = tracking.client(workspace)
+    for key, value in told.items():
+        store.set_model_version_tag(version.name, version.version, key, value)
+    with tracking.run(
+        workspace,
+        name=f"promote {version.label}",
+        kind="promote",
+        model=version.model,
+        tags={**told, "version": version.version, "was_opened": promotion.was_opened},
+    ) as run:
+        run.record("verdict", promotion.to_json())
+        own = promotion.figures.get(version.label, {"metrics": {}})
+        run.metrics(own["metrics"])

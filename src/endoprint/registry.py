@@ -1,0 +1,341 @@
+"""Which version is live, and why: register, judge, promote, roll back; the only mover of aliases.
+
+Versions stand under the registered model `endoprint-<task>`. `@candidate` is the newest,
+`@champion` the live one, `@previous` the one before it. Every decision is in the history.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from filelock import FileLock
+from mlflow.artifacts import download_artifacts
+
+from endoprint import artefact, history, tracking
+from endoprint.config import Refusal
+from endoprint.model import ExposureModel, load
+from endoprint.workspace import Workspace
+
+HEAD = "history_head"  # tag of the registered model: the hash of the newest line of its history
+CHAMPION, CANDIDATE, PREVIOUS = "champion", "candidate", "previous"
+ADDRESS = re.compile(r"models:/(?P<name>[\w.-]+)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+))")
+
+
+@dataclass(frozen=True)
+class Version:
+    """One registered model: who it is and, once fetched, where its checked files are."""
+
+    name: str  # the registered model
+    version: str
+    run_id: str
+    sha256: str  # of the saved model's files
+    model: str  # its row in the table of models
+    tags: Mapping[str, str]
+
+    @property
+    def uri(self) -> str:
+        """The address MLflow knows it by, which no later promotion changes."""
+        return f"models:/{self.name}/{self.version}"
+
+    @property
+    def label(self) -> str:
+        """How reasons name it."""
+        return f"version {self.version} ({self.model})"
+
+    @property
+    def exposures(self) -> tuple[str, ...]:
+        """What it tells apart, in the order of its answers."""
+        return tuple(json.loads(self.tags["exposures"]))
+
+
+# -- registering --------------------------------------------------------------------------------
+def register(workspace: Workspace, run_id: str) -> Version:
+    """Make the model of a finished training run a version and point `@candidate` at it.
+
+    The version carries the run's lineage and the digest of its files as tags. A run registered
+    before keeps its version.
+    """
+    store = tracking.client(workspace)
+    try:
+        run = store.get_run(run_id)
+    except mlflow.MlflowException:
+        raise Refusal(
+            "a version comes from a run of this workspace", f"no run {run_id}", "train a model"
+        ) from None
+    tags = run.data.tags
+    missing = [
+        tag for tag in ("model_id", "model_sha256", "model", "split_hash") if tag not in tags
+    ]
+    if run.info.status != "FINISHED" or missing or tags.get("task") != workspace.params.task:
+        raise Refusal(
+            "a version comes from a finished run of this task, with a model and its lineage",
+            f"run {run_id}: {run.info.status}, task {tags.get('task')}, "
+            f"without {', '.join(missing) or 'nothing missing'}",
+            "register a run of `endoprint train`",
+        )
+    lineage = tracking.read_lineage(workspace, run_id)
+    name = workspace.experiment
+    with lock(workspace):
+        known = _versions(store, name, f"name = '{name}' and run_id = '{run_id}'")
+        if known:
+            found = known[0]
+        else:
+            _make_registered_model(store, name)
+            said = {
+                **lineage.tags(),
+                "model_sha256": tags["model_sha256"],
+                "lineage": lineage.model_dump_json(),
+            }
+            with tracking.ambient(workspace):
+                made = store.create_model_version(
+                    name, source=f"models:/{tags['model_id']}", run_id=run_id, tags=said
+                )
+            found = _version(made)
+            told = {"version": found.version, "run_id": run_id, "sha256": found.sha256}
+            tell(workspace, "register", told)
+        store.set_registered_model_alias(name, CANDIDATE, found.version)
+    return found
+
+
+def _make_registered_model(store: mlflow.MlflowClient, name: str) -> None:
+    try:
+        store.create_registered_model(name)
+    except mlflow.MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+# -- finding ------------------------------------------------------------------------------------
+def find(workspace: Workspace, uri: str = CHAMPION) -> Version:
+    """Return the version that an address means now.
+
+    `uri`: `models:/NAME@ALIAS` or `models:/NAME/N`; for this workspace's own also an alias or a
+    number alone.
+    """
+    store = tracking.client(workspace)
+    short = uri.removeprefix("@")
+    own = f"/{short}" if short.isdigit() else f"@{short}"
+    address = ADDRESS.fullmatch(uri if ":" in uri else f"models:/{workspace.experiment}{own}")
+    if address is None:
+        raise Refusal(
+            "a model's address is models:/NAME@ALIAS or models:/NAME/VERSION",
+            uri,
+            f"for example models:/{workspace.experiment}@{CHAMPION}",
+        )
+    name, alias = address["name"], address["alias"]
+    try:
+        found = (
+            store.get_model_version_by_alias(name, alias)
+            if alias
+            else store.get_model_version(name, address["version"])
+        )
+    except mlflow.MlflowException:
+        known = ", ".join(each.version for each in versions(workspace, name)) or "none"
+        remedy = "promote one first" if alias == CHAMPION else "name one that exists"
+        raise Refusal(
+            "a model's address leads to a registered version",
+            f"{address[0]}, with versions: {known}",
+            remedy,
+        ) from None
+    return _version(found)
+
+
+def champion(workspace: Workspace) -> Version | None:
+    """Return the live version, or None where nothing was promoted yet."""
+    return _by_alias(tracking.client(workspace), workspace.experiment, CHAMPION)
+
+
+def versions(workspace: Workspace, name: str = "") -> list[Version]:
+    """Return every version of a registered model, newest first."""
+    name = name or workspace.experiment
+    return _versions(tracking.client(workspace), name, f"name = '{name}'")
+
+
+def resolve(workspace: Workspace, uri: str = CHAMPION) -> tuple[Version, Path]:
+    """Return the version an address means, and a folder of its model that is safe to load."""
+    found = find(workspace, uri)
+    return found, fetch(workspace, found.uri, sha256=found.sha256)
+
+
+def load_version(workspace: Workspace, uri: str = CHAMPION) -> tuple[Version, ExposureModel]:
+    """Return the version an address means and its model, loaded after every check."""
+    found, folder = resolve(workspace, uri)
+    return found, load(folder)
+
+
+def fetch(workspace: Workspace, address: str, *, sha256: str) -> Path:
+    """Bring a logged model here and return its folder, checked (`artefact.check`) every time.
+
+    `address` is one that MLflow resolves (`models:/...`). Nothing of an artefact that fails a
+    check stays here, and nothing of it was run.
+    """
+    if not re.fullmatch(r"[0-9a-f]{64}", sha256):
+        raise Refusal("a version carries its sha256", repr(sha256), "register it again")
+    kept = workspace.local / "models" / sha256
+    if kept.is_dir():
+        try:
+            return artefact.check(kept, sha256=sha256)
+        except Refusal:  # changed here since it was brought; the store's copy decides
+            shutil.rmtree(kept)
+    beside = kept.with_name(f".{sha256}.{os.getpid()}.part")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        with tracking.ambient(workspace):
+            download_artifacts(artifact_uri=address, dst_path=str(beside))
+        artefact.check(beside, sha256=sha256)
+        with FileLock(kept.with_suffix(".lock")):
+            if not kept.is_dir():
+                os.replace(beside, kept)
+    except (mlflow.MlflowException, OSError) as error:
+        raise Refusal(
+            "a version's artefact can be fetched", str(error)[:200], "register it again"
+        ) from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return artefact.check(kept, sha256=sha256)
+
+
+def _versions(store: mlflow.MlflowClient, name: str, asked: str) -> list[Version]:
+    rows, page = [], None
+    while True:
+        found = store.search_model_versions(
+            asked, order_by=["version_number DESC"], page_token=page
+        )
+        # versions by other hands lack the digest; they are not ours to load
+        rows += [_version(each) for each in found if "model_sha256" in each.tags]
+        page = found.token
+        if not page:
+            return rows
+
+
+def _by_alias(store: mlflow.MlflowClient, name: str, alias: str) -> Version | None:
+    try:
+        return _version(store.get_model_version_by_alias(name, alias))
+    except mlflow.MlflowException as error:
+        if error.error_code in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"):
+            return None
+        raise
+
+
+def _version(found: Any) -> Version:  # mlflow's ModelVersion, which carries no types
+    missing = [tag for tag in ("model_sha256", "model", "exposures") if tag not in found.tags]
+    if missing:
+        raise Refusal(
+            "a version was registered by endoprint, with its digest and lineage",
+            f"{found.name} version {found.version} without {', '.join(missing)}",
+            "register its run with endoprint",
+        )
+    return Version(
+        name=found.name,
+        version=str(found.version),
+        run_id=str(found.run_id),
+        sha256=found.tags["model_sha256"],
+        model=found.tags["model"],
+        tags=dict(found.tags),
+    )
+
+
+# -- moving aliases -----------------------------------------------------------------------------
+def tell(workspace: Workspace, what: str, said: Mapping[str, Any]) -> None:
+    """Add a line to the history, and let the registry remember how far it reached."""
+    line = history.append(workspace, what, said)
+    store = tracking.client(workspace)
+    store.set_registered_model_tag(workspace.experiment, HEAD, line["hash"])
+
+
+def verify(workspace: Workspace) -> list[str]:
+    """Return what is wrong with the history, one sentence each; nothing if it can be trusted."""
+    try:
+        known = tracking.client(workspace).get_registered_model(workspace.experiment)
+    except mlflow.MlflowException:
+        return history.verify(workspace)
+    return history.verify(workspace, head=known.tags.get(HEAD))
+
+
+@contextmanager
+def lock(workspace: Workspace) -> Iterator[None]:
+    """Keep every other process of this machine from moving this workspace's aliases."""
+    workspace.local.mkdir(parents=True, exist_ok=True)
+    with FileLock(workspace.local / "registry.lock"):
+        yield
+
+
+def flip(workspace: Workspace, to: Version, *, expected: Version | None, why: str) -> None:
+    """Make a version the champion: intent written, `@previous` set, `@champion` set, done written.
+
+    Setting `@champion` is the one moment of change; a crash before it leaves the old champion.
+    `expected` is the champion the decision was made against; another one by now is refused.
+    Called under `lock`.
+    """
+    store = tracking.client(workspace)
+    now = _by_alias(store, to.name, CHAMPION)
+    if (now and now.version) != (expected and expected.version):
+        raise Refusal(
+            "a decision holds against the champion it was made against",
+            f"{now.label if now else 'no champion'} by now",
+            "promote again",
+        )
+    told = {"from": now.version if now else None, "to": to.version, "why": why}
+    tell(workspace, "intent", told)
+    if now is not None:
+        store.set_registered_model_alias(to.name, PREVIOUS, now.version)
+    store.set_registered_model_alias(to.name, CHAMPION, to.version)
+    tell(workspace, "done", told)
+
+
+def recover(workspace: Workspace) -> str | None:
+    """Close a flip that a crash left open; return what became of it. Called under `lock`."""
+    lines = [line for line in history.read(workspace) if line["what"] in OPENS | CLOSES]
+    if not lines or lines[-1]["what"] in CLOSES:
+        return None
+    left = {key: lines[-1][key] for key in ("from", "to", "why")}
+    live = champion(workspace)
+    outcome = "done" if (live.version if live else None) == left["to"] else "abandoned"
+    tell(workspace, outcome, {**left, "recovered": True})
+    return outcome
+
+
+OPENS, CLOSES = {"intent"}, {"done", "abandoned"}
+
+
+def rollback(workspace: Workspace, version: str = "") -> Version:
+    """Make an earlier champion live again (`@previous` unless told), loading it first."""
+    with lock(workspace):
+        recover(workspace)
+        now = champion(workspace)
+        target, _ = load_version(workspace, version or PREVIOUS)
+        were = {line["to"] for line in history.read(workspace) if line["what"] == "done"}
+        if target.version not in were or (now and now.version == target.version):
+            raise Refusal(
+                "a rollback leads to an earlier champion",
+                f"{target.label}, {'live already' if target.version in were else 'never live'}",
+                f"one of: {', '.join(sorted(filter(None, were), key=int)) or 'none'}",
+            )
+        flip(workspace, target, expected=now, why="rollback")
+    return target
+
+
+def retire(workspace: Workspace, *, why: str) -> Version:
+    """Take the champion down without a successor: the way on when the task or split changed."""
+    with lock(workspace):
+        recover(workspace)
+        now = champion(workspace)
+        if now is None:
+            raise Refusal("a champion is retired", "no champion", "nothing is to be done")
+        store = tracking.client(workspace)
+        told = {"from": now.version, "to": None, "why": why}
+        tell(workspace, "intent", told)
+        store.set_registered_model_alias(now.name, PREVIOUS, now.version)
+        store.delete_registered_model_alias(now.name, CHAMPION)
+        tell(workspace, "done", told)
+    return now
