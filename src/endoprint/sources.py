@@ -78,6 +78,20 @@ def blocks(path: Path, *, layer: str | None, n_cells: int, obs_table: str) -> It
         )
 
 
+def layers(path: Path) -> list[str | None]:
+    """Return where a file holds matrices: None is X, then layers, then "raw"."""
+    if _is_zarr(path):
+        with _readable(path):
+            cells = read_zarr(path)
+        found: list[str | None] = [None] if cells.X is not None else []
+        return found + list(cells.layers) + (["raw"] if cells.raw is not None else [])
+    with _hdf5(path) as file:
+        if _is_10x(file):
+            return [None]
+        named: list[str | None] = list(file["layers"]) if "layers" in file else []
+        return [None] * ("X" in file) + named + ["raw"] * ("raw/X" in file)
+
+
 def chosen(cells: AnnData, layer: str | None) -> tuple[Any, pd.DataFrame]:
     """Return the matrix that `layer` names and the table of its genes."""
     found: Any = None
