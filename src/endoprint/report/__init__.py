@@ -1,1 +1,43 @@
-"""Leaderboard, figures, HTML pages and the model card."""
+"""What people read: figures, the leaderboard, the scoring report, the model card, the last screen.
+
+Knows no tracking store and draws with matplotlib's objects, never its global state. Tables go in;
+figures, HTML, markdown and terminal text come out.
+"""
+
+from endoprint.report.board import Board, design_notes, sentence, verdict
+from endoprint.report.card import model_card
+from endoprint.report.figures import (
+    call_shares,
+    confusion,
+    cost_quality,
+    pareto,
+    per_unit,
+    reliability,
+    roc,
+)
+from endoprint.report.ink import png
+from endoprint.report.leaderboard import leaderboard, leaderboard_page, to_text
+from endoprint.report.scores import scores_page
+from endoprint.report.story import Outcome, story_screen
+
+__all__ = [
+    "Board",
+    "Outcome",
+    "call_shares",
+    "confusion",
+    "cost_quality",
+    "design_notes",
+    "leaderboard",
+    "leaderboard_page",
+    "model_card",
+    "pareto",
+    "per_unit",
+    "png",
+    "reliability",
+    "roc",
+    "scores_page",
+    "sentence",
+    "story_screen",
+    "to_text",
+    "verdict",
+]

@@ -25,7 +25,9 @@ class Board:
     `balanced_accuracy`, `auroc_macro`, `ece`, `worst_unit_macro_f1`, `fit_seconds`, ...) and
     `shuffled_macro_f1`, the same model fitted on shuffled labels; any may be absent or NaN.
     `by_unit`: macro-F1, index held-out units, columns models.
-    `audit`: the design's, as in data/design/audit.json. `bar`: the model others must beat.
+    `audit`: the design's, as in data/design/audit.json. `has_units`: what is held out are whole
+    independent units (a judgement's `is_replicated`), not technical parts. `bar`: the model that
+    others must beat.
     `labels`: what a model's name does not say, such as whose pre-training it starts from.
     `flags`: further caveats, one sentence each, shown with the design's.
     """
@@ -38,6 +40,7 @@ class Board:
     n_exposures: int = 0
     labels: Mapping[str, str] = field(default_factory=dict)
     flags: tuple[str, ...] = ()
+    has_units: bool = True
 
     def __post_init__(self) -> None:
         if "macro_f1" not in self.table or not len(self.table):
@@ -53,19 +56,14 @@ class Board:
         return self.table.sort_values("macro_f1", ascending=False, kind="stable")
 
     @property
-    def units(self) -> list[str]:
-        """The independent units judged on: none where the design has none."""
-        return [str(unit) for unit in self.by_unit.index] if self.is_replicated else []
-
-    @property
-    def is_replicated(self) -> bool:
-        """Whether independent units repeat the exposures, as far as the audit knows."""
-        return self.audit.get("replicated") is not False
+    def n_units(self) -> int:
+        """How many independent units were judged on: none where the design has none."""
+        return len(self.by_unit) if self.has_units else 0
 
     @property
     def part(self) -> str:
         """What is held out: a unit, or a part that is technical only."""
-        return "unit" if self.is_replicated else "part"
+        return "unit" if self.has_units else "part"
 
     @property
     def leader(self) -> str:
@@ -85,7 +83,7 @@ class Board:
         found = self.against_bar(model)
         if found is None:
             return "the bar" if model == self.bar else "not compared"
-        if not self.is_replicated:
+        if not self.has_units:
             return "no units to tell by"
         return "too few units to tell" if found.verdict == "too few units" else found.verdict
 
@@ -96,7 +94,7 @@ class Board:
         scores = self.by_unit[model].astype(float).dropna()
         if not len(scores):
             return None
-        found = interval(scores) if self.is_replicated else None
+        found = interval(scores) if self.has_units else None
         return found or (float(scores.min()), float(scores.max()))
 
     def to_json(self) -> dict[str, Any]:
@@ -105,8 +103,9 @@ class Board:
             "task": self.task,
             "bar": self.bar,
             "n_exposures": self.n_exposures,
-            "n_units": len(self.units),
-            "replicated": self.is_replicated,
+            "n_units": self.n_units,
+            "replicated": self.audit.get("replicated", self.has_units),
+            "has_units": self.has_units,
             "confounded": self.audit.get("confounded"),
             "verdict": [{"weight": note.weight, "text": note.text} for note in verdict(self)],
             "sentence": sentence(self),
@@ -144,45 +143,47 @@ class Board:
             n_exposures=values["n_exposures"],
             labels={row["model"]: row["label"] for row in models if row["label"]},
             flags=tuple(values["flags"]),
+            has_units=values["has_units"],
         )
 
 
 # -- what the design allows ---------------------------------------------------------------------
+NOT_REPLICATED = (
+    "replicated: false. What is held out is technical, no independent unit: nothing here speaks "
+    "for another culture or donor."
+)
+STOPS = ("replicated: false", "confounded: true")  # how the gravest sentences begin
+
+
 def verdict(board: Board) -> list[Note]:
     """Say what the design allows, worst first: this stands above every figure."""
-    return design_notes(board.audit, n_units=len(board.units)) + [
-        Note("mind", flag) for flag in board.flags
+    said = list(board.audit.get("warnings", []))
+    if not board.has_units and not any(line.startswith(STOPS[0]) for line in said):
+        said.insert(0, NOT_REPLICATED)
+    notes = design_notes({**board.audit, "warnings": said})
+    if board.has_units:
+        notes.append(_number_of_units(board.n_units))
+    told = "\n".join(note.text for note in notes)
+    # a judgement repeats the two things that the design and the number of units say already
+    fresh = [
+        flag
+        for flag in board.flags
+        if "no interval" not in flag and not (flag.startswith(STOPS[0]) and STOPS[0] in told)
     ]
+    order = {"stop": 0, "mind": 1, "fine": 2}
+    return sorted(notes + [Note("mind", flag) for flag in fresh], key=lambda n: order[n.weight])
 
 
-def design_notes(audit: Mapping[str, Any], *, n_units: int | None = None) -> list[Note]:
-    """Say what an experiment allows to be claimed; `n_units` were judged on, None: not said."""
-    notes = []
-    is_replicated, is_confounded = audit.get("replicated"), audit.get("confounded")
-    if is_replicated is False:
-        notes.append(
-            Note(
-                "stop",
-                "replicated: false. No independent unit repeats an exposure: the held-out parts "
-                "are technical, and nothing here speaks for another culture or donor.",
-            )
-        )
-    if is_confounded:
-        apart = [str(name) for name in audit.get("not_identifiable", [])]
-        who = f"{_listed(apart)} share" if apart else "some exposures share"
-        notes.append(
-            Note(
-                "stop",
-                f"confounded: true. By their batches, {who} nothing with the control: every "
-                "figure is an upper bound that includes recognising the batch.",
-            )
-        )
-    if is_replicated is not False and n_units is not None:
-        notes.append(_number_of_units(n_units))
-    if is_replicated and is_confounded is False:
+def design_notes(audit: Mapping[str, Any]) -> list[Note]:
+    """Say what an experiment allows to be claimed, from its audit; an empty one says so."""
+    if not audit:
+        return [Note("mind", "The design was not audited: confounding cannot be excluded.")]
+    notes = [
+        Note("stop" if line.startswith(STOPS) else "mind", line)
+        for line in audit.get("warnings", [])
+    ]
+    if audit.get("replicated") and audit.get("confounded") is False:
         notes.append(Note("fine", "replicated: true. confounded: false."))
-    elif is_confounded is None:
-        notes.append(Note("mind", "confounded: not known; the design names no batch."))
     return notes
 
 
@@ -190,8 +191,7 @@ def _number_of_units(n: int) -> Note:
     if n < FEWEST_FOR_INTERVAL:
         return Note(
             "mind",
-            f"n = {counted(n, 'unit')}: too few for an interval; every unit and the range are "
-            "shown instead.",
+            f"n = {counted(n, 'unit')}: no interval; every unit and the range are shown.",
         )
     return Note(
         "fine", f"n = {n} units. Intervals over them are approximate: folds share training cells."
@@ -205,7 +205,7 @@ def sentence(board: Board) -> str:
     score = float(board.ranked["macro_f1"].iloc[0])
     if math.isnan(score):
         return "No model could be judged: not one has a macro-F1."
-    units = counted(len(board.units), "unseen unit") if board.units else "held-out technical parts"
+    units = counted(board.n_units, "unseen unit") if board.n_units else "held-out technical parts"
     spread = board.spread(leader)
     between = f" ({spread[0]:.2f} to {spread[1]:.2f})" if spread and spread[0] < spread[1] else ""
     said = f"{leader} leads: macro-F1 {score:.2f} on {units}{between}"
@@ -262,7 +262,7 @@ def _said(board: Board, model: str) -> dict[str, Any] | None:
     if found is None:
         return None
     values: dict[str, Any] = {"difference": found.difference, "verdict": board.told_apart(model)}
-    if board.is_replicated:
+    if board.has_units:
         values |= {"low": found.low, "high": found.high, "p_value": found.p_value}
         values["sentence"] = found.sentence()
     return values

@@ -32,6 +32,7 @@ from endoprint.report.ink import (
 )
 
 NOTHING_TO_JUDGE = "No cell of known exposure to judge"
+NO_CALL = "no call"
 FEW = 6  # up to so many exposures a confusion matrix has room for counts
 
 
@@ -273,7 +274,7 @@ def pareto(cost: pd.Series[float], quality: pd.Series[float]) -> list[str]:
 def call_shares(shares: pd.DataFrame, *, control: str | None = None, limit: int = 60) -> Figure:
     """Draw, for every sample, which share of its cells was called what.
 
-    shares: index samples, columns calls (exposures, then "novel" where known), rows sum to one.
+    shares: index samples, columns calls (exposures, then "no call"), rows sum to one.
     """
     shown = shares.iloc[:limit]
     claim = "What the cells of each sample were called"
@@ -282,8 +283,8 @@ def call_shares(shares: pd.DataFrame, *, control: str | None = None, limit: int 
     calls = [str(name) for name in shown.columns if (shown[name] > 0).any()]
     n_lines = -(-len(calls) // 3)
     figure, ax = sheet(9.0, 1.5 + 0.36 * len(shown) + 0.22 * n_lines, claim)
-    looks = paint([str(name) for name in shares.columns if name != "novel"], control=control)
-    looks["novel"] = Paint("#ffffff", "xxxx", "-")
+    looks = paint([str(name) for name in shares.columns if name != NO_CALL], control=control)
+    looks[NO_CALL] = Paint("#ffffff", "xxxx", "-")
     left = np.zeros(len(shown))
     place = np.arange(len(shown))[::-1]
     for name in calls:
@@ -296,9 +297,9 @@ def call_shares(shares: pd.DataFrame, *, control: str | None = None, limit: int 
             height=0.74,
             color=look.colour,
             hatch=look.hatch,
-            edgecolor="white" if name != "novel" else SOFT,
+            edgecolor="white" if name != NO_CALL else SOFT,
             linewidth=0.4,
-            label="novel (no call)" if name == "novel" else name,
+            label=name,
         )
         left += width
     ax.set_yticks(place, [textwrap.shorten(str(s), 34, placeholder="…") for s in shown.index])

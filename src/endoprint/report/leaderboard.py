@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Mapping
 from io import StringIO
 from typing import Any
@@ -19,6 +20,8 @@ from endoprint.report.board import Board, counted, sentence, verdict
 from endoprint.report.page import WORDS, Note
 
 WIDTH = 100  # columns of every screen this project draws
+LONGEST_NOTE = 330  # letters: four lines; an audit of 15 exposures can run to fifteen
+REST = " … (the rest: endoprint audit)"
 COLOURS = {"stop": "bold red", "mind": "yellow", "fine": "green"}
 
 
@@ -36,10 +39,10 @@ COLUMNS: dict[str, tuple[str, str, Callable[[float], str]]] = {
     "balanced_accuracy": ("bal.\nacc.", "balanced accuracy", _three),
     "auroc_macro": ("AUROC", "AUROC (macro)", _three),
     "ece": ("ECE", "ECE", _three),
-    "worst_unit_macro_f1": ("worst\npart", "worst part, macro-F1", _three),
-    "shuffled_macro_f1": ("shuffled\nlabels", "shuffled labels, macro-F1", _three),
+    "worst_unit_macro_f1": ("worst\npart", "worst part", _three),
+    "shuffled_macro_f1": ("shuffled\nlabels", "shuffled labels", _three),
     "fit_seconds": ("fit\ns", "fit, s", seconds),
-    "score_seconds_per_1000_cells": ("score\ns/1000", "score, s per 1,000 cells", seconds),
+    "score_seconds_per_1000_cells": ("score\ns/1000", "s per 1,000 cells", seconds),
 }
 
 
@@ -47,7 +50,7 @@ def leaderboard(board: Board) -> RenderableType:
     """Draw the leaderboard for a terminal of 100 columns."""
     return Group(
         *note_lines(verdict(board)), Text(), Text(sentence(board), style="bold"), Text(),
-        leaderboard_table(board), *few_units(board),
+        leaderboard_table(board), *table_notes(board), *few_units(board),
     )  # fmt: skip
 
 
@@ -72,6 +75,16 @@ def leaderboard_table(board: Board) -> Table:
     return table
 
 
+def table_notes(board: Board) -> list[RenderableType]:
+    """Draw what stands under the table."""
+    return [Text(line, style="dim") for line in label_lines(board)]
+
+
+def label_lines(board: Board) -> list[str]:
+    """Say of each model what its name does not, such as whose pre-training it starts from."""
+    return [f"{name}: {board.labels[name]}" for name in board.ranked.index if name in board.labels]
+
+
 def few_units(board: Board) -> list[RenderableType]:
     """Draw every unit's macro-F1 where units are too few for an interval (judging rule 1)."""
     if not 0 < len(board.by_unit) < FEWEST_FOR_INTERVAL:
@@ -91,9 +104,9 @@ def spread_name(board: Board) -> str:
     is_interval = any(
         len(board.by_unit[name].dropna()) >= FEWEST_FOR_INTERVAL for name in board.by_unit
     )
-    if board.is_replicated and is_interval:
+    if board.has_units and is_interval:
         return "≈95 % interval"
-    return "range of units" if board.is_replicated else "range of parts"
+    return "range of units" if board.has_units else "range of parts"
 
 
 def known_columns(board: Board) -> list[str]:
@@ -108,7 +121,8 @@ def note_lines(notes: list[Note]) -> list[RenderableType]:
         grid = Table.grid(padding=(0, 1))
         grid.add_column(width=4)
         grid.add_column()
-        grid.add_row(Text(WORDS[note.weight], style=COLOURS[note.weight]), Text(note.text))
+        said = textwrap.shorten(note.text, LONGEST_NOTE, placeholder=REST)
+        grid.add_row(Text(WORDS[note.weight], style=COLOURS[note.weight]), Text(said))
         lines.append(grid)
     return lines
 
@@ -163,6 +177,7 @@ def leaderboard_page(
         page.notes(verdict(board)),
         page.paragraph(sentence(board), kind="lead"),
         page.table(_page_table(board), left=("model", f"over {board.part}s"), first=True),
+        *(page.paragraph(line) for line in label_lines(board)),
         page.paragraph(_legend(board), kind="soft"),
         *_comparison_figures(board),
     ]
@@ -182,10 +197,9 @@ def _page_table(board: Board) -> pd.DataFrame:
     rows = []
     for name, row in board.ranked.iterrows():
         model = str(name)
-        label = board.labels.get(model)
         rows.append(
             {
-                "model": f"{model} ({label})" if label else model,
+                "model": model,
                 f"macro-F1 [{spread_name(board)}]": _score(board, model, float(row["macro_f1"])),
                 **{
                     COLUMNS[column][1]: _cell(row[column], COLUMNS[column][2])
@@ -240,7 +254,8 @@ def _comparison_figures(board: Board) -> list[str]:
 def _model_figures(
     board: Board, model: str, predictions: pd.DataFrame, control: str | None
 ) -> list[str]:
-    said = f"{counted(len(predictions), 'cell')}, each judged by a fit that never saw its {board.part}"
+    n = counted(len(predictions), "cell")
+    said = f"{n}, each judged by a fit that never saw its {board.part}"
     return [
         page.heading(model),
         page.picture(

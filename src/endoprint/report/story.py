@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from endoprint.report.board import Board, counted, sentence, verdict
-from endoprint.report.leaderboard import few_units, leaderboard_table, note_lines
+from endoprint.report.leaderboard import few_units, leaderboard_table, note_lines, table_notes
 
 MOST_SAMPLES = 6  # sentences shown; the report holds them all
 OUTCOMES = {
@@ -51,7 +51,7 @@ def story_screen(
         *note_lines(verdict(board)),
     ]
     parts += [_rule("Leaderboard"), Text(sentence(board), style="bold"), Text()]
-    parts += [leaderboard_table(board), *few_units(board)]
+    parts += [leaderboard_table(board), *table_notes(board), *few_units(board)]
     parts += [_rule("Registry"), *_outcome(outcome)]
     if n_scored:
         parts += [_rule(f"Scored: {counted(n_scored, 'new cell')}"), *_samples(samples)]

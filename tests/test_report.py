@@ -1,0 +1,445 @@
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib import _pylab_helpers
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from endoprint import report
+from endoprint.config import Refusal
+
+PATHWAYS = ("ANDROGEN", "ARYL_HYD", "ESTROGEN", "GLUCOCORT", "LIVER-X", "RET", "THYROID")
+FIFTEEN = sorted(
+    ["DMSO", *(f"{path}_{way}" for path in PATHWAYS for way in ("AGONIST", "ANTAGONIST"))]
+)
+TWO = ["DMSO", "GLUCOCORT_AGONIST"]
+EVIL = "<script>alert('x')</script>"
+TEMPLATE = Path(__file__).parents[1] / "registry/cards/model.md"
+
+
+def predictions(exposures=TWO, *, n_units=3, n_cells=12, strength=1.5, seed=0):
+    """Synthetic: `strength` is how far the truth's evidence stands above the others'."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for unit in range(n_units):
+        for truth in exposures:
+            for _ in range(n_cells):
+                evidence = rng.normal(size=len(exposures))
+                evidence[exposures.index(truth)] += strength
+                share = np.exp(evidence) / np.exp(evidence).sum()
+                said = {f"p_{name}": p for name, p in zip(exposures, share)}
+                rows.append({"unit": f"u{unit}", "fold": unit, "truth": truth, **said})
+    return pd.DataFrame(rows, index=pd.Index([f"c{i}" for i in range(len(rows))], name="cell_id"))
+
+
+def board(
+    scores=(("geneformer", (0.8, 0.7, 0.6)), ("logistic", (0.5, 0.5, 0.4))), **changes
+) -> report.Board:
+    by_unit = pd.DataFrame(
+        {name: list(values) for name, values in scores},
+        index=[f"u{i}" for i in range(len(scores[0][1]))],
+    )
+    table = pd.DataFrame(
+        {
+            "macro_f1": by_unit.mean(),
+            "balanced_accuracy": by_unit.mean(),
+            "ece": 0.04,
+            "worst_unit_macro_f1": by_unit.min(),
+            "fit_seconds": 10.0,
+            "score_seconds_per_1000_cells": 0.5,
+            "f1_DMSO": 0.9,
+        }
+    )
+    audit = {"replicated": True, "confounded": False, "warnings": []}
+    return report.Board(
+        **{"task": "hormones", "table": table, "by_unit": by_unit, "audit": audit, **changes}
+    )
+
+
+class Tags(HTMLParser):
+    """Every tag and attribute of a page; tags that are never closed are an error of the page."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.open: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def assert_stands_alone(html: str) -> None:
+    seen = Tags(html)
+    assert not seen.open
+    assert not {"script", "link", "iframe", "object"} & set(seen.tags)
+    assert "http://" not in html
+    assert "https://" not in html
+    sources = [value for name, value in seen.attributes if name in ("src", "href")]
+    assert all(value.startswith("data:image/png;base64,") for value in sources)
+    assert not [name for name, _ in seen.attributes if name.startswith("on")]
+    assert "url(" not in html
+    assert "@import" not in html
+
+
+def words(figure: Figure) -> str:
+    return "\n".join(text.get_text() for text in figure.findobj(Text))
+
+
+# -- figures ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("exposures", [TWO, FIFTEEN], ids=["two", "fifteen"])
+@pytest.mark.parametrize("n_units", [1, 3])
+@pytest.mark.parametrize("draw", [report.confusion, report.roc, report.reliability])
+def test_a_figure_of_predictions_is_drawn_without_global_state(draw, exposures, n_units):
+    before = len(_pylab_helpers.Gcf.figs)
+    table = predictions(exposures, n_units=n_units, n_cells=4)
+    untouched = table.copy()
+    figure = draw(table)
+    assert report.png(figure, dpi=40).startswith(b"\x89PNG")
+    assert len(_pylab_helpers.Gcf.figs) == before
+    pd.testing.assert_frame_equal(table, untouched)
+
+
+def test_the_same_figure_is_the_same_bytes():
+    table = predictions()
+    assert report.png(report.roc(table), dpi=50) == report.png(report.roc(table), dpi=50)
+
+
+@pytest.mark.parametrize("exposures", [TWO, FIFTEEN], ids=["two", "fifteen"])
+def test_no_label_of_a_confusion_matrix_is_cut_off_or_covers_another(exposures):
+    figure = report.confusion(predictions(exposures, n_cells=4))
+    report.png(figure, dpi=100)
+    ax = figure.axes[0]
+    for axis in (ax.xaxis, ax.yaxis):
+        labels = axis.get_ticklabels()
+        assert [label.get_text().split("  ")[0] for label in labels] == exposures
+        boxes = [label.get_window_extent() for label in labels]
+        page = figure.bbox
+        assert all(page.x0 <= box.x0 and box.x1 <= page.x1 for box in boxes)
+        assert all(page.y0 <= box.y0 and box.y1 <= page.y1 for box in boxes)
+    rows = [label.get_window_extent() for label in ax.yaxis.get_ticklabels()]
+    assert not any(a.overlaps(b) for i, a in enumerate(rows) for b in rows[:i])
+
+
+def test_a_confusion_matrix_names_its_commonest_mistake():
+    table = predictions(strength=50)
+    wrong = table["truth"].eq("DMSO") & table["unit"].eq("u0")
+    table.loc[wrong, ["p_DMSO", "p_GLUCOCORT_AGONIST"]] = [0.1, 0.9]
+    assert "DMSO called GLUCOCORT_AGONIST (33%" in words(report.confusion(table)).replace(
+        "\n", " "
+    )
+    assert "Every cell is called" in words(report.confusion(predictions(strength=50)))
+
+
+def test_an_exposure_the_model_cannot_say_keeps_its_row():
+    table = predictions()
+    table.loc[table["unit"] == "u2", "truth"] = "BPA"
+    assert "BPA" in words(report.confusion(table))
+
+
+def test_cells_of_unknown_truth_are_left_out():
+    table = predictions()
+    table.loc[table.index[:5], "truth"] = None
+    assert f"{len(table) - 5:,} cells" in words(report.reliability(table))
+    table["truth"] = None
+    for draw in (report.confusion, report.roc, report.reliability):
+        assert "No cell of known exposure" in words(draw(table))
+
+
+def test_predictions_without_truth_are_refused():
+    with pytest.raises(Refusal, match="`truth`"):
+        report.confusion(predictions().drop(columns="truth"))
+
+
+def test_roc_of_one_exposure_alone_says_so():
+    table = predictions()
+    assert "no curve" in words(report.roc(table[table["truth"] == "DMSO"]))
+
+
+def test_the_reliability_diagram_tells_honest_from_too_sure():
+    rng = np.random.default_rng(0)
+    p_control = rng.uniform(0.0, 1.0, 4000)  # symmetric: evidence is judged prior-free
+    table = pd.DataFrame({"unit": "u0", "p_DMSO": p_control, "p_RET_AGONIST": 1 - p_control})
+    for shrunk, expected in ((1.0, "is honest"), (0.3, "too sure"), (3.0, "not sure enough")):
+        chance = np.clip(0.5 + shrunk * (p_control - 0.5), 0, 1)
+        table["truth"] = np.where(rng.random(4000) < chance, "DMSO", "RET_AGONIST")
+        assert expected in words(report.reliability(table)).replace("\n", " ")
+
+
+@pytest.mark.parametrize("n_units", [1, 4, 6])
+def test_every_unit_is_labelled_and_means_have_intervals_only_from_five(n_units):
+    values = np.linspace(0.5, 0.7, n_units)
+    table = pd.DataFrame({"logistic": values}, index=[f"CTL04E|{i}" for i in range(n_units)])
+    said = words(report.per_unit(table, chance=0.5))
+    assert all(f"CTL04E|{i}" in said for i in range(n_units))
+    assert ("95 % interval" in said) == (n_units >= 5)
+    assert "95 % interval" not in words(report.per_unit(table, part="part"))
+
+
+def test_units_nobody_judged_do_not_break_the_figure():
+    table = pd.DataFrame({"a": [np.nan, np.nan], "b": [0.5, np.nan]}, index=["u0", "u1"])
+    report.png(report.per_unit(table), dpi=40)
+    report.png(report.per_unit(table[["a"]]), dpi=40)
+
+
+def test_the_pareto_front_holds_exactly_what_nothing_beats_on_both():
+    rng = np.random.default_rng(3)
+    cost = pd.Series(rng.random(30), index=[f"m{i}" for i in range(30)])
+    quality = pd.Series(rng.random(30), index=cost.index)
+    beaten = [
+        name for name in cost.index if ((cost < cost[name]) & (quality >= quality[name])).any()
+    ]
+    assert set(report.pareto(cost, quality)) == set(cost.index) - set(beaten)
+
+
+def test_cost_against_quality_takes_nan_zero_and_a_single_model():
+    table = pd.DataFrame(
+        {"macro_f1": [0.8, np.nan, 0.6], "score_seconds_per_1000_cells": [1.0, 2.0, 0.0]},
+        index=["a", "b", "c"],
+    )
+    assert "Worth their cost: a" in words(report.cost_quality(table))
+    report.png(report.cost_quality(table), dpi=40)
+    report.png(report.cost_quality(table.iloc[1:2]), dpi=40)
+
+
+# -- leaderboard --------------------------------------------------------------------------------
+def test_the_design_stands_above_every_figure():
+    warnings = [
+        "replicated: false. There are no independent units.",
+        "confounded: true. Accuracy is an upper bound.",
+    ]
+    audit = {"replicated": False, "confounded": True, "warnings": warnings}
+    drawn = board(audit=audit, has_units=False)
+    for said in (report.to_text(report.leaderboard(drawn)), report.leaderboard_page(drawn)):
+        body = said.split("<body>")[-1]
+        order = [body.index(text) for text in ("replicated: false", "confounded: true", "leads")]
+        assert order == sorted(order)
+    assert drawn.to_json()["verdict"][0]["text"] == warnings[0]
+
+
+def test_technical_parts_are_never_counted_as_units():
+    many = (("geneformer", (0.9,) * 6), ("logistic", (0.5, 0.4) * 3))
+    drawn = board(many, has_units=False, audit={"replicated": False, "warnings": []})
+    said = report.to_text(report.leaderboard(drawn)) + report.leaderboard_page(drawn)
+    assert said.index("replicated: false") < said.index("leads")
+    assert "interval" not in said
+    assert "better" not in said
+    assert drawn.to_json()["models"][0]["against_bar"].keys() == {"difference", "verdict"}
+
+
+def test_few_units_are_all_shown_and_nothing_is_inferred():
+    said = report.to_text(report.leaderboard(board()))
+    assert "n = 3 units: no interval" in said
+    assert all(unit in said for unit in ("u0", "u1", "u2"))
+    assert "too few units to tell" in " ".join(said.split())
+
+
+def test_many_units_have_an_interval_and_a_test():
+    many = (("geneformer", (0.9, 0.92, 0.88, 0.93, 0.9)), ("logistic", (0.5, 0.6, 0.4, 0.5, 0.5)))
+    said = " ".join(report.to_text(report.leaderboard(board(many))).split())
+    assert "≈95 % interval" in said
+    assert "in 5 of 5 units ahead of the bar, logistic, by 0.406 on average: better." in said
+
+
+def test_a_model_that_loses_is_said_to_lose():
+    loses = (("geneformer", (0.3, 0.3, 0.3)), ("logistic", (0.5, 0.5, 0.4)))
+    assert report.sentence(board(loses)).endswith("it is the bar: geneformer does no better.")
+
+
+def test_a_leader_no_better_than_shuffled_labels_is_told():
+    drawn = board()
+    drawn.table["shuffled_macro_f1"] = [0.71, 0.1]
+    assert "no better than after fitting on shuffled labels (0.71)" in report.sentence(drawn)
+
+
+def test_a_leaderboard_read_back_from_json_is_the_same():
+    drawn = board(labels={"geneformer": "own pre-training"}, flags=("calibration odd",))
+    drawn.table.loc["logistic", "ece"] = np.nan
+    text = json.dumps(drawn.to_json(), allow_nan=False)
+    again = report.Board.of(json.loads(text))
+    assert json.dumps(again.to_json(), allow_nan=False) == text
+    assert report.to_text(report.leaderboard(again)) == report.to_text(report.leaderboard(drawn))
+    assert report.leaderboard_page(again) == report.leaderboard_page(drawn)
+
+
+def test_metrics_that_are_nan_are_dashes_and_null():
+    drawn = board()
+    drawn.table.loc[:, ["ece", "macro_f1", "fit_seconds"]] = np.nan
+    drawn.by_unit.loc[:, :] = np.nan
+    assert "nan" not in report.to_text(report.leaderboard(drawn)).lower()
+    assert "No model could be judged" in report.sentence(drawn)
+    assert_stands_alone(report.leaderboard_page(drawn))
+    assert drawn.to_json()["models"][0]["macro_f1"] is None
+
+
+def test_an_empty_leaderboard_is_refused():
+    with pytest.raises(Refusal, match="endoprint train"):
+        report.Board(task="x", table=pd.DataFrame({"macro_f1": []}), by_unit=pd.DataFrame())
+
+
+def test_one_model_alone_needs_no_bar():
+    alone = (("signature", (0.5, 0.5)),)
+    assert "the bar, logistic, was not judged" in report.sentence(board(alone))
+    assert "nothing else was fitted" in report.sentence(board(alone, bar="signature"))
+
+
+def test_a_leaderboard_page_stands_alone_with_names_escaped():
+    evil = ((EVIL, (0.8, 0.7)), ("logistic", (0.5, 0.4)))
+    drawn = board(evil, task=EVIL, labels={EVIL: EVIL}, flags=(EVIL,))
+    page = report.leaderboard_page(
+        drawn, predictions={EVIL: predictions()}, control="DMSO", provenance={EVIL: EVIL}
+    )
+    assert EVIL not in page
+    assert_stands_alone(page)
+    assert page.count("<img") == 5  # units, cost, confusion, ROC, reliability
+    assert all(alt for name, alt in Tags(page).attributes if name == "alt")
+
+
+def test_the_terminal_reads_names_as_text_not_markup():
+    drawn = board((("[bold]m[/bold]", (0.8, 0.7)), ("logistic", (0.5, 0.4))), flags=("[red]",))
+    said = report.to_text(report.leaderboard(drawn))
+    assert "[bold]m[/bold]" in said
+    assert "[red]" in said
+
+
+# -- scores -------------------------------------------------------------------------------------
+def scored(samples=("a", EVIL), n_cells=10):
+    rows, calls = [], {}
+    for sample in samples:
+        call = np.array(["DMSO"] * 3 + ["RET_AGONIST"] * (n_cells - 3), dtype=object)
+        frame = pd.DataFrame({"sample": sample, "call": call, "p_DMSO": 0.3, "p_RET_AGONIST": 0.7})
+        frame["is_novel"] = [True, *[False] * (n_cells - 1)]
+        frame["abstain"] = frame["is_novel"]
+        rows.append(frame)
+        calls[sample] = {
+            "unit": "u0", "n_cells": n_cells, "call": "RET_AGONIST", "confidence": 0.999,
+            "second_call": "DMSO", "second_confidence": 0.001, "agreement": 0.7,
+            "novel_share": np.nan, "is_calibration_unit_validated": False,
+            "sentence": f"Sample {sample} looks exposed to RET_AGONIST: confidence > .99",
+        }  # fmt: skip
+    return pd.concat(rows, ignore_index=True), pd.DataFrame.from_dict(calls, orient="index")
+
+
+META = {
+    "model": "logistic", "model_version": "3", "model_sha256": "ab" * 32, "control": "DMSO",
+    "inputs": [{"file": EVIL, "md5": "cd" * 16, "n_cells": 20, "gene_share": 0.2}],
+    "flags": {"no counts in the model's genes": 2}, "scored_at": "2026-01-01",
+    "audit": {"confounded": True, "replicated": True, "warnings": ["confounded: true. Mind it."]},
+}  # fmt: skip
+
+
+def test_the_first_lines_of_a_scoring_report_are_one_sentence_per_sample():
+    scores, calls = scored(samples=tuple(f"s{i}" for i in range(50)))
+    page = report.scores_page(scores, calls, META)
+    lines = re.findall(r"<li>(.*?)</li>", page)
+    assert lines == [
+        f"Sample s{i} looks exposed to RET_AGONIST: confidence &gt; .99." for i in range(50)
+    ]
+    body = page.split("</h1>")[1]
+    assert body.index("Sample s0") < body.index("Training data: confounded: true")
+
+
+def test_a_scoring_report_stands_alone_with_names_escaped():
+    scores, calls = scored()
+    page = report.scores_page(scores, calls, META)
+    assert EVIL not in page
+    assert "&lt;script&gt;" in page
+    assert_stands_alone(page)
+
+
+def test_a_scoring_report_says_what_limits_it():
+    scores, calls = scored()
+    page = report.scores_page(scores, calls, META)
+    for said in ("confounded: true", "not unit-validated", "2 cells without a call", "10.0%",
+                 "20% of the model&#x27;s genes", "ab" * 32, "cd" * 16):  # fmt: skip
+        assert said in page
+
+
+def test_calls_of_a_sample_sum_to_one_and_withheld_calls_stand_apart():
+    scores, _ = scored(samples=("a", "b"))
+    shares = report.scores.call_shares(scores)
+    assert np.allclose(shares.sum(axis=1), 1)
+    assert shares.loc["a"].to_dict() == {"DMSO": 0.2, "RET_AGONIST": 0.7, "no call": 0.1}
+
+
+def test_a_sample_nobody_could_call_is_drawn_and_reported():
+    scores, calls = scored(samples=("a",))
+    scores["call"], scores["abstain"] = None, True
+    assert_stands_alone(report.scores_page(scores, calls, {}))
+
+
+def test_scores_without_samples_are_refused():
+    scores, calls = scored()
+    with pytest.raises(Refusal, match="sample"):
+        report.scores_page(scores.drop(columns="sample"), calls, META)
+
+
+# -- card and last screen -----------------------------------------------------------------------
+LINEAGE = {
+    "task": "hormones", "model": "geneformer", "exposures": TWO, "git_sha": "abc", "seed": 0,
+    "is_dirty": True, "split_hash": "ff00", "inputs": {"data/cells/cells.h5ad": "cd" * 16},
+    "units": {"training": ["u0", "u1"], "test": []}, "changed_inputs": [],
+    "base_model": {"label": "pre-trained here on 4,000 cells", "sha256": "ee" * 32},
+    "hardware": {"cpu": "a processor", "cores": 2, "memory_gib": 8.0, "gpu": None},
+}  # fmt: skip
+
+
+def card(template: str, **changes) -> str:
+    values = {
+        "name": "endoprint-hormones, version 2", "lineage": LINEAGE, "by_unit": {"u2": 0.61},
+        "metrics": {"macro_f1": 0.61, "ece": float("nan"), "f1_DMSO": 0.7}, "audit": META["audit"],
+        "verdict": {"decision": "promote", "reasons": ["beats the bar"]},
+        "scope": "Test units, opened once.",
+    }  # fmt: skip
+    return report.model_card(template, **{**values, **changes})
+
+
+def test_a_model_card_says_what_what_for_and_how_good():
+    said = card(TEMPLATE.read_text())
+    for text in ("endoprint-hormones, version 2", "Promoted", "confounded: true", "0.610",
+                 "pre-trained here on 4,000 cells", "u2 0.610", "DMSO 0.700", "beats the bar",
+                 "abc with uncommitted changes", "cd" * 16, "not known", "no GPU"):  # fmt: skip
+        assert text in said
+    assert "$" not in said
+
+
+def test_a_model_card_quotes_what_users_named():
+    said = card(TEMPLATE.read_text(), verdict={"decision": "hold", "reasons": [EVIL, "a\n# b"]})
+    assert EVIL not in said
+    assert "\n# b" not in said
+
+
+def test_a_template_that_asks_for_what_no_card_has_is_refused():
+    with pytest.raises(Refusal, match=r"colour"):
+        card("$colour")
+    with pytest.raises(Refusal):
+        card("costs 5 $")
+
+
+@pytest.mark.parametrize("decision", ["promote", "hold", "reject"])
+def test_the_last_screen_fits_a_hundred_columns_and_leaves_nothing_out(decision):
+    outcome = report.Outcome(decision, "version 1 (geneformer)", ["reason " * 30], champion="")
+    drawn = report.story_screen(
+        board(), outcome, places={"scores": "/somewhere/" + "long/" * 30 + "scores.parquet"},
+        next_commands=[("endoprint ui", "see runs"), ("a", "b"), ("c", "d")], n_scored=1200,
+        samples=[f"Sample {i} looks exposed to RET_AGONIST" for i in range(9)], minutes=4.2,
+    )  # fmt: skip
+    said = report.to_text(drawn)
+    assert max(len(line) for line in said.splitlines()) <= 100
+    joined = "".join(said.split())
+    for text in ("geneformerleads", "version1(geneformer)", "scores.parquet", "endoprintui",
+                 "1,200newcells", "and3moreinthereport", "4.2minutes"):  # fmt: skip
+        assert text in joined
+    assert ("Nothingislive" in joined) == (decision != "promote")
