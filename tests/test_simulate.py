@@ -569,7 +569,7 @@ def test_saving_a_part_that_is_not_there_is_refused(tmp_path: Path) -> None:
         ({"confounding": "total"}, "'none', 'partial' or 'complete'"),
         ({"difficulty": "trivial"}, "'easy', 'middle' or 'hard'"),
         ({"as_published": True, "lines": 3}, "2 lines x 3 replicates"),
-        ({"as_published": True, "confounding": "none"}, "confounding: complete"),
+        ({"as_published": True, "confounding": "partial"}, "confounding: complete"),
         ({"cels": 90}, "fields here are"),
     ],
 )

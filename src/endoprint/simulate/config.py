@@ -26,7 +26,7 @@ class SimulateConfig(Config):
     replicates: PositiveInt = 3  # cultures per line; a unit is line x replicate
     confounding: Literal["none", "partial", "complete"] = "none"  # of exposure with run
     runs: PositiveInt = 3  # technical runs that hold the crossed exposures (none, partial)
-    as_published: bool = False  # the source atlas's design with its flaws, see `samples`
+    as_published: bool = False  # the source's runs (confounding: complete) and its flaws
     difficulty: Literal["easy", "middle", "hard"] = "easy"  # scale of every effect, see `law`
     responses: Literal["measured", "textbook"] = "measured"  # which named genes answer
     pool_cells: CountOrNone = 3000  # unlabelled cells for vocabulary and pre-training; 0: none
@@ -46,6 +46,7 @@ class SimulateConfig(Config):
             return self
         if (self.lines, self.replicates) != (2, 3):
             raise ValueError("as_published means 2 lines x 3 replicates, as in the source atlas")
-        if "confounding" in self.model_fields_set and self.confounding != "complete":
+        # "none" is the default and gives way; only a chosen contradiction is refused
+        if self.confounding == "partial":
             raise ValueError("as_published means confounding: complete, as in the source atlas")
         return self
