@@ -1,0 +1,262 @@
+"""The fine-tuning loop: steps, validation, early stopping, exact resume.
+
+Shapes: B cells, E exposures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.metrics import f1_score
+from torch import Tensor, nn
+from torch.nn import functional
+
+from endoprint.config import Refusal
+from endoprint.encoder import checkpoint
+from endoprint.encoder.minibatches import Layout, assemble, plan
+from endoprint.encoder.network import Network, answer
+from endoprint.encoder.recipe import Recipe, schedule_of
+from endoprint.model import Watch
+from endoprint.tokens import Tokens
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+CHECKPOINT = "training.safetensors"
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Tokens of some cells, and which exposure each met (a column number)."""
+
+    tokens: Tokens
+    truth: Array
+
+
+@dataclass
+class Progress:
+    """How far a run has come: what a checkpoint keeps beside the weights."""
+
+    epoch: int = 0  # epochs finished
+    best_epoch: int = 0  # counted from 1; 0: none yet
+    best_score: tuple[float, float] = (-1.0, -float("inf"))  # macro-F1, then minus the loss
+    has_stopped: bool = False
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+class Loop:
+    """Train a network on some cells until others are called no better.
+
+    Exposures weigh equally in the loss, however many cells each has, so that the logits are
+    evidence without a prior. The best epoch by validation macro-F1 (ties: by loss) is restored;
+    without validation cells the last one stays.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        train: Lesson,
+        valid: Lesson,
+        recipe: Recipe,
+        layout: Layout,
+        *,
+        seed: int,
+        work: Path | None = None,
+    ) -> None:
+        self.network, self.train, self.valid = network, train, valid
+        self.recipe, self.layout, self.seed = recipe, layout, seed
+        self.device = network.head.weight.device
+        n_exposures = network.head.out_features
+        n_cells = np.bincount(train.truth, minlength=n_exposures)
+        weight = len(train.truth) / (n_exposures * np.maximum(n_cells, 1))
+        self.weight_E = torch.tensor(weight, dtype=torch.float32, device=self.device)
+        self._steps = len(self._plan(0))  # per epoch; lengths shift it by a few
+        self.epochs = recipe.epochs_for(self._steps)
+        freeze(network, recipe.frozen_layers)
+        self.optimizer = _optimizer(network, recipe)
+        n_steps = self._steps * self.epochs
+        self._factor = schedule_of(recipe.schedule, n_steps, recipe.warmup_share)
+        self._peaks = [group["lr"] for group in self.optimizer.param_groups]
+        self.path = work / CHECKPOINT if work is not None else None
+        self._run = self._fingerprint() if self.path else ""
+        self.progress = Progress()
+        self.best: dict[str, Tensor] = {}
+
+    def run(self, watch: Watch) -> Progress:
+        """Train, validate, stop early, restore the best epoch; go on from `work` if it can."""
+        self._resume()
+        while self.progress.epoch < self.epochs and not self.progress.has_stopped:
+            metrics = {"train_loss": self._one_epoch(), **self._validate()}
+            self._judge(metrics)
+            self._keep()
+            watch(self.progress.epoch, metrics)
+        if self.best:
+            self.network.load_state_dict(self.best)
+        self.network.eval()
+        return self.progress
+
+    # -- one epoch ------------------------------------------------------------------------------
+    def _plan(self, epoch: int) -> list[Array]:
+        lengths = np.diff(self.train.tokens.offsets)
+        rng = np.random.default_rng([self.seed, epoch])
+        cells, tokens = self.recipe.minibatch_cells, self.recipe.minibatch_tokens
+        # at least two: one cell alone has no spread to be standardised by
+        return plan(lengths, cells=cells, tokens=tokens, least=2, rng=rng)
+
+    def _one_epoch(self) -> float:
+        epoch = self.progress.epoch
+        planned = self._plan(epoch)
+        rng = np.random.default_rng([self.seed, epoch, 1])
+        total = 0.0
+        self.network.train()
+        on_gpu = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=on_gpu):
+            torch.manual_seed(self.seed * 1_000_003 + epoch)
+            for number, cells in enumerate(planned):
+                self._set_rate(epoch + number / len(planned))
+                total += self._step(cells, rng, f"epoch {epoch + 1}, step {number + 1}")
+        return total / len(planned)
+
+    def _step(self, cells: Array, rng: np.random.Generator, where: str) -> float:
+        minibatch = assemble(self.train.tokens, cells, self.layout, rng).to(self.device)
+        truth_B = torch.from_numpy(self.train.truth[cells]).to(self.device)
+        logits_BE, _ = self.network(minibatch)
+        # divided by the cells, not by their weights: a cell weighs the same in every minibatch
+        summed = functional.cross_entropy(logits_BE, truth_B, self.weight_E, reduction="sum")
+        loss = summed / len(cells)
+        value = float(loss.detach())
+        if not np.isfinite(value):
+            raise Refusal(
+                "the training loss must stay finite",
+                f"{value} at {where}",
+                "lower lr and votes_lr, or set precision to fp32",
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.clip)
+        self.optimizer.step()
+        return value
+
+    def _set_rate(self, epochs_done: float) -> None:
+        factor = self._factor(int(epochs_done * self._steps))
+        for group, peak in zip(self.optimizer.param_groups, self._peaks):
+            group["lr"] = peak * factor
+
+    # -- after an epoch -------------------------------------------------------------------------
+    def _validate(self) -> dict[str, float]:
+        if not len(self.valid.truth):
+            return {}
+        logits = answer(
+            self.network,
+            self.valid.tokens,
+            self.layout,
+            minibatch_tokens=self.recipe.minibatch_tokens,
+        ).logits_BE
+        truth = torch.from_numpy(self.valid.truth)
+        weight_E = self.weight_E.cpu()
+        loss = functional.cross_entropy(torch.from_numpy(logits), truth, weight_E)
+        present = np.unique(self.valid.truth)
+        f1 = f1_score(
+            self.valid.truth,
+            logits.argmax(axis=1),
+            labels=present,
+            average="macro",
+            zero_division=0,
+        )
+        return {"valid_loss": float(loss), "valid_macro_f1": float(f1)}
+
+    def _judge(self, metrics: dict[str, float]) -> None:
+        progress = self.progress
+        progress.epoch += 1
+        progress.history.append(metrics)
+        if "valid_macro_f1" not in metrics:
+            return
+        score = (metrics["valid_macro_f1"], -metrics["valid_loss"])
+        if score > progress.best_score:
+            progress.best_score, progress.best_epoch = score, progress.epoch
+            self.best = checkpoint.snapshot(self.network)
+        progress.has_stopped = progress.epoch - progress.best_epoch >= self.recipe.patience
+
+    # -- surviving ------------------------------------------------------------------------------
+    def _fingerprint(self) -> str:
+        """Say which run this is: recipe, seed, first weights, cells and truth."""
+        digest = hashlib.sha256(self.recipe.model_dump_json().encode())
+        digest.update(str((self.seed, self.network.head.out_features, self.epochs)).encode())
+        for key, tensor in checkpoint.snapshot(self.network).items():
+            digest.update(key.encode() + tensor.numpy().tobytes())
+        for lesson in (self.train, self.valid):
+            for array in (lesson.tokens.values, lesson.tokens.offsets, lesson.truth):
+                digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+    def _keep(self) -> None:
+        if self.path is None:
+            return
+        progress = self.progress
+        values = {
+            "fingerprint": self._run,
+            "epoch": progress.epoch,
+            "best_epoch": progress.best_epoch,
+            "best_score": list(progress.best_score),
+            "has_stopped": progress.has_stopped,
+            "history": progress.history,
+        }
+        checkpoint.save(self.path, values, self.network, self.optimizer, self.best)
+
+    def _resume(self) -> None:
+        if self.path is None:
+            return
+        found = checkpoint.resume(self.path, self._run, self.network, self.optimizer)
+        if found is None:
+            return
+        values, self.best = found
+        self.progress = Progress(
+            epoch=int(values["epoch"]),
+            best_epoch=int(values["best_epoch"]),
+            best_score=(float(values["best_score"][0]), float(values["best_score"][1])),
+            has_stopped=bool(values["has_stopped"]),
+            history=list(values["history"]),
+        )
+
+
+def freeze(network: Network, layers: int) -> None:
+    """Keep the embeddings and the first layers as they are; 0 freezes nothing."""
+    body = list(network.bert.encoder.layer)
+    if layers > len(body):
+        raise Refusal(
+            "no more layers can be frozen than the backbone has",
+            f"frozen_layers {layers} of {len(body)}",
+            "lower frozen_layers",
+        )
+    if layers:
+        for part in (network.bert.embeddings, *body[:layers]):
+            part.requires_grad_(False)
+
+
+def _optimizer(network: Network, recipe: Recipe) -> torch.optim.AdamW:
+    """Group parameters by rate and decay: genes learn faster, votes apart, biases undecayed."""
+    genes: list[nn.Parameter] = []
+    votes: list[nn.Parameter] = []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in network.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name.startswith("votes."):
+            votes.append(parameter)
+        elif "word_embeddings" in name:
+            genes.append(parameter)
+        else:
+            (matrices if parameter.ndim > 1 else others).append(parameter)
+    decay = recipe.weight_decay
+    groups = [
+        {"params": genes, "lr": recipe.lr * recipe.embedding_lr_multiple, "weight_decay": decay},
+        {"params": votes, "lr": recipe.votes_lr, "weight_decay": recipe.votes_decay},
+        {"params": matrices, "lr": recipe.lr, "weight_decay": decay},
+        {"params": others, "lr": recipe.lr, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], fused=True)

@@ -1,0 +1,167 @@
+"""Minibatches of cells: which cells go together, and how their tokens are laid out in rows.
+
+Attention over a whole cell costs the square of its length, and cutting a cell to its top genes
+loses diffuse effects. So a cell's tokens are dealt like cards into `ceil(length / block)` rows,
+every row a thinned copy of the whole cell, and attend within their row; each token keeps the
+position of its true rank, and all of them reach the pooling. With `block` at or above a cell's
+length the cell is one row, which is full attention, exactly.
+
+No row depends on another cell, and padding is masked: a cell's answer ignores its neighbours.
+While training, a random share of each cell's rows may be read per step: every row being a thinned
+copy of the whole cell, the pooled vector stays unbiased and the step costs that share.
+
+Shapes: B cells, N their tokens one after the other, R rows, T tokens of the widest row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from endoprint.encoder.pooling import Pooling, token_weights
+from endoprint.tokens import Tokens
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+POOL = 16  # minibatches whose cells are sorted by length together: enough to leave little padding
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a cell's tokens are laid out in rows and weighed."""
+
+    block: int  # tokens that attend to each other; 0: the whole cell
+    pooling: Pooling
+    has_specials: bool  # tokens begin with `<cls>` and end with `<eos>`
+    share: float = 1.0  # of a cell's rows read per training step, at least one
+    max_rows: int = 0  # of a cell read per training step; 0: no limit
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """Rows of tokens, and the cell each row belongs to."""
+
+    cells_B: Array  # which cells, as numbers into the token lists
+    ids_RT: Tensor
+    positions_RT: Tensor  # rank of the token in its own cell
+    weights_RT: Tensor  # share of the token in its cell's vector; 0 at padding
+    mask_RT: Tensor | None  # True at tokens; None where no row is short
+    owner_R: Tensor  # which of the B cells a row belongs to
+    ids_N: Tensor  # all tokens of all cells, whatever the rows hold
+    rank_weights_N: Tensor  # their rank weights, whatever the pooling
+    starts_B: Tensor  # where each cell starts among them
+
+    def to(self, device: torch.device) -> Minibatch:
+        """Return the same minibatch on a device."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return Minibatch(
+            cells_B=self.cells_B,
+            ids_RT=move(self.ids_RT),
+            positions_RT=move(self.positions_RT),
+            weights_RT=move(self.weights_RT),
+            mask_RT=None if self.mask_RT is None else move(self.mask_RT),
+            owner_R=move(self.owner_R),
+            ids_N=move(self.ids_N),
+            rank_weights_N=move(self.rank_weights_N),
+            starts_B=move(self.starts_B),
+        )
+
+
+def plan(
+    lengths: Array,
+    *,
+    cells: int,
+    tokens: int,
+    least: int = 1,
+    rng: np.random.Generator | None = None,
+) -> list[Array]:
+    """Deal cells into minibatches of at most `cells` cells and `tokens` tokens, like with like.
+
+    Without `rng` the cells are sorted by length; with it they are shuffled, sorted within pools
+    and the minibatches shuffled again. Every cell is in exactly one minibatch. `least` cells stay
+    together even where they exceed a limit, if there are so many.
+    """
+    n = len(lengths)
+    if rng is None:
+        pools = [np.argsort(lengths, kind="stable")]
+    else:
+        shuffled = rng.permutation(n)
+        pools = [shuffled[i : i + POOL * cells] for i in range(0, n, POOL * cells)]
+        pools = [pool[np.argsort(lengths[pool], kind="stable")] for pool in pools]
+    dealt: list[Array] = []
+    for pool in pools:
+        start, used = 0, 0
+        for i, cell in enumerate(pool):
+            is_full = i - start >= cells or used + lengths[cell] > tokens
+            if i - start >= least and is_full and len(pool) - i >= least:
+                dealt.append(pool[start:i])
+                start, used = i, 0
+            used += int(lengths[cell])
+        if start < len(pool):
+            dealt.append(pool[start:])
+    if rng is not None:
+        dealt = [dealt[i] for i in rng.permutation(len(dealt))]
+    return dealt
+
+
+def assemble(
+    tokens: Tokens, cells_B: Array, layout: Layout, rng: np.random.Generator | None = None
+) -> Minibatch:
+    """Lay out the tokens of some cells; with `rng`, only the rows that a training step reads."""
+    starts_B = tokens.offsets[cells_B]
+    lengths_B = (tokens.offsets[cells_B + 1] - starts_B).astype(np.int64)
+    block = layout.block or int(lengths_B.max(initial=1))
+    dealt_B = np.maximum(-(-lengths_B // block), 1)  # rows a cell's tokens are dealt into
+    kept_B, first_B = dealt_B, np.zeros_like(dealt_B)
+    if rng is not None:
+        kept_B = np.maximum(np.rint(dealt_B * layout.share).astype(np.int64), 1)
+        kept_B = np.minimum(kept_B, layout.max_rows or kept_B)
+        first_B = rng.integers(dealt_B)
+
+    cell_N = np.repeat(np.arange(len(cells_B)), lengths_B)
+    begin_B = np.cumsum(lengths_B) - lengths_B
+    rank_N = np.arange(len(cell_N)) - begin_B[cell_N]
+    ids_N = tokens.values[starts_B[cell_N] + rank_N].astype(np.int64)
+    length_N = lengths_B[cell_N]
+    rank_weights_N = token_weights("rank", rank_N, length_N, has_specials=layout.has_specials)
+    weights_N = rank_weights_N
+    if layout.pooling != "rank":
+        weights_N = token_weights(
+            layout.pooling, rank_N, length_N, has_specials=layout.has_specials
+        )
+    turn_N = (rank_N - first_B[cell_N]) % dealt_B[cell_N]  # which of its cell's rows
+    is_kept_N = turn_N < kept_B[cell_N]
+    if not is_kept_N.all():
+        weights_N = np.where(is_kept_N, weights_N, np.float32(0.0))
+        total_B = np.bincount(cell_N, weights_N, minlength=len(cells_B))
+        weights_N = weights_N / np.maximum(total_B, 1e-12)[cell_N]
+
+    before_B = np.cumsum(kept_B) - kept_B
+    cell, rank, turn = cell_N[is_kept_N], rank_N[is_kept_N], turn_N[is_kept_N]
+    row, column = before_B[cell] + turn, rank // dealt_B[cell]
+    shape = (int(kept_B.sum()), int(column.max(initial=0)) + 1)
+    ids, positions = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    weights, is_token = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=bool)
+    ids[row, column] = ids_N[is_kept_N]
+    positions[row, column] = rank
+    weights[row, column] = weights_N[is_kept_N]
+    is_token[row, column] = True
+    is_token[before_B[lengths_B == 0], 0] = True  # attention over nothing would be NaN
+    return Minibatch(
+        cells_B=cells_B,
+        ids_RT=torch.from_numpy(ids),
+        positions_RT=torch.from_numpy(positions),
+        weights_RT=torch.from_numpy(weights),
+        mask_RT=None if is_token.all() else torch.from_numpy(is_token),
+        owner_R=torch.from_numpy(np.repeat(np.arange(len(cells_B)), kept_B)),
+        ids_N=torch.from_numpy(ids_N),
+        rank_weights_N=torch.from_numpy(rank_weights_N),
+        starts_B=torch.from_numpy(begin_B),
+    )

@@ -1,0 +1,118 @@
+"""From tokens to evidence: backbone, pooling per cell, a standardised vector, one linear head.
+
+Beside the backbone stands a shallow path, off by one switch: every gene votes for every exposure
+by its rank weight alone (wide and deep learning, Cheng 2016, 1606.07792). It is an extension of
+ours, not Geneformer. Responses spread over thousands of genes are almost additive, and a random or
+briefly pre-trained backbone of some thousand cells does not find them by itself: on 1,500
+simulated cells, 15 exposures, macro-F1 .56 without the votes, .62 with them, logistic regression
+.63. Votes start at zero, so the backbone decides from the start whatever they cannot.
+
+Shapes: B cells, N their tokens, R rows, T tokens of a row, D width, E exposures, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import BertModel
+
+from endoprint.encoder.minibatches import Layout, Minibatch, assemble, plan
+from endoprint.tokens import Tokens
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class Network(nn.Module):
+    """Read a cell's ranked genes and weigh every exposure.
+
+    The pooled vector is standardised by batch normalisation without scale or shift: by the
+    minibatch while training, by running figures afterwards, so that answers are independent.
+    `genes_per_cell` scales the votes: their inputs are then about one whatever the panel.
+    """
+
+    typical_length: Tensor
+
+    def __init__(
+        self,
+        bert: BertModel,
+        n_exposures: int,
+        *,
+        has_votes: bool,
+        vector_dropout: float = 0.0,
+        genes_per_cell: float = 1.0,
+        uses_bf16: bool = False,
+    ) -> None:
+        super().__init__()
+        self.bert = bert
+        width = int(bert.config.hidden_size)
+        self.standardise = nn.BatchNorm1d(width, affine=False)
+        self.dropout = nn.Dropout(vector_dropout)
+        self.head = nn.Linear(width, n_exposures)
+        self.votes = nn.Embedding(int(bert.config.vocab_size), n_exposures) if has_votes else None
+        for started_at_zero in (self.head.weight, self.head.bias):
+            nn.init.zeros_(started_at_zero)
+        if self.votes is not None:
+            nn.init.zeros_(self.votes.weight)
+        self.register_buffer("typical_length", torch.tensor(float(genes_per_cell)))
+        self.uses_bf16 = uses_bf16
+
+    def forward(self, minibatch: Minibatch) -> tuple[Tensor, Tensor]:
+        """Return logits (B, E) and the standardised vector (B, D) of every cell."""
+        vector_BD = self.standardise(self.pool(minibatch))
+        logits_BE: Tensor = self.head(self.dropout(vector_BD))
+        if self.votes is not None:
+            logits_BE = logits_BE + functional.embedding_bag(
+                minibatch.ids_N,
+                self.votes.weight,
+                minibatch.starts_B,
+                mode="sum",
+                per_sample_weights=minibatch.rank_weights_N * self.typical_length,
+            )
+        return logits_BE, vector_BD
+
+    def pool(self, minibatch: Minibatch) -> Tensor:
+        """Return the weighted sum of each cell's hidden states, (B, D)."""
+        with torch.autocast(minibatch.ids_RT.device.type, torch.bfloat16, enabled=self.uses_bf16):
+            hidden_RTD = hidden_states(self.bert, minibatch)
+        pooled_RD = torch.einsum("rt,rtd->rd", minibatch.weights_RT, hidden_RTD.float())
+        pooled_BD = pooled_RD.new_zeros(len(minibatch.cells_B), pooled_RD.shape[1])
+        return pooled_BD.index_add(0, minibatch.owner_R, pooled_RD)
+
+
+def hidden_states(bert: BertModel, minibatch: Minibatch) -> Tensor:
+    """Return the last hidden state of every token of a minibatch, (R, T, D)."""
+    hidden: Tensor = bert(
+        input_ids=minibatch.ids_RT,
+        position_ids=minibatch.positions_RT,
+        attention_mask=minibatch.mask_RT,
+    ).last_hidden_state
+    return hidden
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the network says of each cell, in the order of the token lists."""
+
+    logits_BE: Array  # float32
+    vectors_BD: Array  # float32
+
+
+def answer(network: Network, tokens: Tokens, layout: Layout, *, minibatch_tokens: int) -> Answers:
+    """Read every cell once, like lengths together; all rows of all cells."""
+    n_cells = len(tokens.offsets) - 1
+    device = network.head.weight.device
+    logits = np.zeros((n_cells, network.head.out_features), dtype=np.float32)
+    vectors = np.zeros((n_cells, network.head.in_features), dtype=np.float32)
+    network.eval()
+    lengths = np.diff(tokens.offsets)
+    with torch.inference_mode():
+        for cells in plan(lengths, cells=256, tokens=minibatch_tokens):
+            logits_BE, vectors_BD = network(assemble(tokens, cells, layout).to(device))
+            logits[cells] = logits_BE.float().cpu().numpy()
+            vectors[cells] = vectors_BD.float().cpu().numpy()
+    return Answers(logits, vectors)

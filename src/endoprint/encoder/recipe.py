@@ -1,0 +1,79 @@
+"""How an encoder is trained: every lever of cost and quality is a field here, with its measure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+import torch
+from optuna.distributions import FloatDistribution
+
+from endoprint.config import Config
+from endoprint.encoder.minibatches import Layout
+from endoprint.encoder.pooling import Pooling
+
+
+class Recipe(Config):
+    """The levers encoders share; a model's Config adds its own.
+
+    Defaults were measured on two cores with 1,500 simulated cells of 600 tokens, 15 exposures:
+    docs/performance.md.
+    """
+
+    # -- steps ------------------------------------------------------------------------------------
+    epochs: int = 5  # passes over the training cells, at most
+    min_steps: int = 200  # a small set is gone through more often than `epochs` until so many
+    patience: int = 4  # epochs without a better validation score before stopping
+    lr: Annotated[float, FloatDistribution(1e-5, 1e-2, log=True)] = 1e-3  # peak, of the backbone
+    embedding_lr_multiple: float = 3.0  # gene embeddings learn so many times faster
+    weight_decay: float = 0.1
+    warmup_share: float = 0.1  # of all steps; never a fixed number, which small sets do not reach
+    schedule: Literal["linear", "cosine", "constant"] = "linear"  # after the warm-up
+    clip: float = 1.0  # largest norm of the gradient
+    # -- what keeps it from learning by heart -----------------------------------------------------
+    dropout: float = 0.02  # inside the backbone, as published (V1)
+    attention_dropout: float = 0.0  # published: as `dropout`; costs 2.3 times the time on a CPU
+    vector_dropout: Annotated[float, FloatDistribution(0.0, 0.9)] = 0.5  # of the pooled vector
+    # -- reading a cell ---------------------------------------------------------------------------
+    block: int = 64  # tokens attending to each other; 0: all
+    block_share: float = 0.34  # read per training step
+    pooling: Pooling = "rank"  # by rank weight | mean over genes | first position
+    has_votes: bool = True  # each gene also votes directly for each exposure
+    votes_lr: Annotated[float, FloatDistribution(3e-4, 3e-2, log=True)] = 3e-3  # peak
+    votes_decay: float = 1.0  # weight decay of the votes
+    # -- cost -------------------------------------------------------------------------------------
+    minibatch_cells: int = 32  # cells per training step
+    minibatch_tokens: int = 65_536  # most tokens per minibatch: bounds memory
+    frozen_layers: int = 0  # counted from the input, embeddings included
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 elsewhere
+
+    def layout(self, *, has_specials: bool) -> Layout:
+        """Return how cells are laid out in rows."""
+        return Layout(self.block, self.pooling, has_specials, share=self.block_share)
+
+    def epochs_for(self, steps_per_epoch: int) -> int:
+        """Return the passes a set of this size gets."""
+        return max(self.epochs, math.ceil(self.min_steps / max(steps_per_epoch, 1)))
+
+
+def device_at_hand() -> torch.device:
+    """Return the GPU where there is one, else the processor."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def schedule_of(
+    kind: Literal["linear", "cosine", "constant"], n_steps: int, warmup_share: float
+) -> Callable[[int], float]:
+    """Return the share of the peak learning rate at each step: a warm-up, then a decline."""
+    warmup = max(round(n_steps * warmup_share), 1)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        done = min((step - warmup) / max(n_steps - warmup, 1), 1.0)
+        if kind == "constant":
+            return 1.0
+        return 1.0 - done if kind == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+
+    return factor
