@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ import pandas as pd
 import pytest
 from anndata import AnnData
 from scipy import sparse
+
+from endoprint.workspace import Workspace
 
 SHARED = Path(os.environ.get("ENDOPRINT_SHARED", Path(__file__).parents[2] / "shared"))
 
@@ -67,3 +70,34 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"reference data absent: no folder {SHARED.name} beside the project")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database with its tables made: making them takes two seconds each time."""
+    from endoprint import tracking
+    from lab import bare_workspace
+
+    made = bare_workspace(tmp_path_factory.mktemp("template"))
+    tracking.client(made).search_experiments()
+    return made.local / "mlflow.db"
+
+
+@pytest.fixture
+def space(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    """A workspace with nothing tracked in it yet."""
+    from lab import bare_workspace
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    made = bare_workspace(tmp_path / "space")
+    made.local.mkdir()
+    shutil.copy(empty_store, made.local / "mlflow.db")
+    return made
+
+
+@pytest.fixture
+def lab(space: Workspace) -> Workspace:
+    """A workspace with curated cells, a split, an audit and a lenient policy."""
+    from lab import furnish
+
+    return furnish(space, planted_cells(n_units=6, n_cells=8))

@@ -14,19 +14,19 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import mlflow
-import mlflow.data
 import mlflow.pyfunc
 import pandas as pd
 import psutil
 from filelock import FileLock
 from mlflow.entities import (
+    Dataset,
     DatasetInput,
     InputTag,
     LoggedModelOutput,
@@ -45,7 +45,9 @@ from endoprint.workspace import QUIET, Workspace
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Kind = Literal["train", "pretrain", "search", "trial", "score", "control", "promote"]
+Kind = Literal[
+    "train", "pretrain", "search", "trial", "score", "control", "promote", "leaderboard"
+]
 
 MODEL_FOLDER = "model"  # name of the saved model's folder inside the artefact
 LOADER = "endoprint.model"  # installed code; never code out of an artefact
@@ -102,19 +104,11 @@ def experiment(workspace: Workspace, store: mlflow.MlflowClient) -> str:
     """Return the id of the workspace's experiment, made on first use."""
     found = store.get_experiment_by_name(workspace.experiment)
     if found is None:
-        is_local = workspace.tracking_uri.startswith("sqlite:")
-        try:
-            return str(
-                store.create_experiment(
-                    workspace.experiment,
-                    # a server knows its own place for artefacts
-                    artifact_location=workspace.artifacts if is_local else None,
-                )
-            )
-        except mlflow.MlflowException:  # another process made it meanwhile
-            found = store.get_experiment_by_name(workspace.experiment)
-            if found is None:
-                raise
+        # a server knows its own place for artefacts
+        place = workspace.artifacts if workspace.tracking_uri.startswith("sqlite:") else None
+        with suppress(mlflow.MlflowException):  # another process made it meanwhile
+            store.create_experiment(workspace.experiment, artifact_location=place)
+        found = store.get_experiment_by_name(workspace.experiment)
     if found.lifecycle_stage == "deleted":
         store.restore_experiment(found.experiment_id)
     return str(found.experiment_id)
@@ -183,12 +177,21 @@ class Run:
 
     def dataset(self, name: str, obs: pd.DataFrame, *, path: Path, md5: str, used: str) -> None:
         """Say which cells were used: their file, its md5 (DVC's digest), the columns of `obs`."""
-        told = obs.reset_index(drop=True)
-        for column in told.columns:  # MLflow cannot describe a categorical column
-            if isinstance(told[column].dtype, pd.CategoricalDtype):
-                told[column] = told[column].astype(str)
-        data = mlflow.data.from_pandas(told, source=str(path), name=name, digest=md5)
-        entity = DatasetInput(data._to_mlflow_entity(), [InputTag("mlflow.data.context", used)])
+        # written out: `mlflow.data.from_pandas` describes no categorical column, and warns
+        kinds = {"i": "long", "u": "long", "f": "double", "b": "boolean"}
+        columns = [
+            {"name": str(column), "type": kinds.get(getattr(kind, "kind", "O"), "string")}
+            for column, kind in obs.dtypes.items()
+        ]
+        data = Dataset(
+            name=name,
+            digest=md5,
+            source_type="local",
+            source=json.dumps({"uri": str(path)}),
+            schema=json.dumps({"mlflow_colspec": columns}),
+            profile=json.dumps({"num_rows": len(obs), "num_elements": int(obs.size)}),
+        )
+        entity = DatasetInput(data, [InputTag("mlflow.data.context", used)])
         self._store.log_inputs(self.run_id, datasets=[entity])
 
     def lineage(self, lineage: Lineage) -> None:

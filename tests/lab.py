@@ -1,0 +1,75 @@
+"""A small workspace with a fitted, tracked model, for tests of tracking, registry and scoring."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from anndata import AnnData
+
+from endoprint import artefact, curated, tracking
+from endoprint.confounding import audit
+from endoprint.design import DesignConfig, Split, make_split
+from endoprint.lineage import Lineage
+from endoprint.model import ExposureModel
+from endoprint.models.logistic import Logistic, LogisticConfig
+from endoprint.workspace import Workspace
+
+POLICY = "must_beat_champion: {by: 0.0}\nallow_few_units: true\n"
+
+
+def bare_workspace(root: Path, task: str = "toy") -> Workspace:
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "params.yaml").write_text(f"task: {task}\n")
+    return Workspace.at(root)
+
+
+def furnish(space: Workspace, cells: AnnData, *, n_test_units: int | None = 2) -> Workspace:
+    curated.write(cells, space.cells)
+    split = make_split(cells.obs, DesignConfig(n_test_units=n_test_units), seed=0)
+    space.split.parent.mkdir(parents=True, exist_ok=True)
+    split.write(space.split)
+    found = audit(cells.obs, exposure="exposure", control="DMSO", units=["unit"], batch="batch")
+    space.audit.write_text(json.dumps(found.to_json()))
+    space.policy.parent.mkdir()
+    space.policy.write_text(POLICY)
+    return space
+
+
+def fit_and_track(
+    space: Workspace,
+    *,
+    model: ExposureModel | None = None,
+    cells: AnnData | None = None,
+    train: Sequence[int] | None = None,
+    valid: Sequence[int] | None = None,
+) -> str:
+    """Fit on the development units (or rows told) and track it; return the run's id."""
+    cells = cells if cells is not None else curated.load(space.cells)
+    split = Split.read(space.split)
+    parts = split.parts(cells.obs, None)
+    model = model or Logistic(LogisticConfig(penalty=0.1, latent_width=4))
+    model.fit(
+        cells[parts.train if train is None else train].copy(),
+        cells[parts.valid if valid is None else valid].copy(),
+    )
+    lineage = Lineage.of(
+        space,
+        model=model.name,
+        seed=model.seed,
+        exposures=model.exposures,
+        units={"training": model.provenance["training_units"], "test": split.test},
+        split_hash=split.hash,
+    )
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        tracking.run(space, name=model.name, kind="train", model=model.name) as run,
+    ):
+        model.save(folder)
+        run.params(model.config)
+        run.lineage(lineage)
+        run.model(Path(folder), sha256=artefact.digest(Path(folder)))
+        run.metrics({"macro_f1": 0.5})
+    return run.run_id
