@@ -221,7 +221,7 @@ def test_the_design_stands_above_every_figure():
         "confounded: true. Accuracy is an upper bound.",
     ]
     audit = {"replicated": False, "confounded": True, "warnings": warnings}
-    drawn = board(audit=audit, has_units=False)
+    drawn = board(audit={**audit, "units": []})
     for said in (report.to_text(report.leaderboard(drawn)), report.leaderboard_page(drawn)):
         body = said.split("<body>")[-1]
         order = [body.index(text) for text in ("replicated: false", "confounded: true", "leads")]
@@ -231,12 +231,12 @@ def test_the_design_stands_above_every_figure():
 
 def test_technical_parts_are_never_counted_as_units():
     many = (("geneformer", (0.9,) * 6), ("logistic", (0.5, 0.4) * 3))
-    drawn = board(many, has_units=False, audit={"replicated": False, "warnings": []})
+    drawn = board(many, scheme="technical_fold", audit={"replicated": False, "warnings": []})
     said = report.to_text(report.leaderboard(drawn)) + report.leaderboard_page(drawn)
     assert said.index("replicated: false") < said.index("leads")
     assert "interval" not in said
     assert "better" not in said
-    assert drawn.to_json()["models"][0]["against_bar"].keys() == {"difference", "verdict"}
+    assert drawn.to_json()["models"][0]["compared"].keys() == {"difference", "verdict"}
 
 
 def test_few_units_are_all_shown_and_nothing_is_inferred():
@@ -253,6 +253,19 @@ def test_many_units_have_an_interval_and_a_test():
     assert "in 5 of 5 units ahead of the bar, logistic, by 0.406 on average: better." in said
 
 
+def test_a_claim_over_the_bar_is_corrected_for_the_number_of_models():
+    # five units: the smallest p is 1/32, which two models double to more than .05
+    bar, best = ("logistic", (0.5,) * 5), ("a", (0.91, 0.9, 0.9, 0.92, 0.9))
+    assert board((best, bar)).told_apart("a") == "better"
+    assert board((best, ("b", (0.9, 0.4, 0.5, 0.6, 0.3)), bar)).told_apart("a") == "not told apart"
+
+
+def test_lines_held_out_are_counted_as_lines():
+    said = report.to_text(report.leaderboard(board(scheme="line")))
+    assert "n = 3 lines: no interval; every line" in said
+    assert "on 3 unseen lines" in said
+
+
 def test_a_model_that_loses_is_said_to_lose():
     loses = (("geneformer", (0.3, 0.3, 0.3)), ("logistic", (0.5, 0.5, 0.4)))
     assert report.sentence(board(loses)).endswith("it is the bar: geneformer does no better.")
@@ -267,6 +280,8 @@ def test_a_leader_no_better_than_shuffled_labels_is_told():
 def test_a_leaderboard_read_back_from_json_is_the_same():
     drawn = board(labels={"geneformer": "own pre-training"}, flags=("calibration odd",))
     drawn.table.loc["logistic", "ece"] = np.nan
+    drawn.table["started"] = pd.Timestamp("2026-01-01", tz="UTC")
+    drawn.table["said"] = [None, "text"]
     text = json.dumps(drawn.to_json(), allow_nan=False)
     again = report.Board.of(json.loads(text))
     assert json.dumps(again.to_json(), allow_nan=False) == text

@@ -13,8 +13,10 @@ from typing import Any, Self
 import pandas as pd
 
 from endoprint.config import Refusal
-from endoprint.paired import FEWEST_FOR_INTERVAL, Comparison, compare_units, interval
+from endoprint.paired import FEWEST_FOR_INTERVAL, Comparison, compare_units, holm, interval
 from endoprint.report.page import Note
+
+UNITS = ("unit", "line")  # schemes that hold out what is biologically independent
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,8 @@ class Board:
     `balanced_accuracy`, `auroc_macro`, `ece`, `worst_unit_macro_f1`, `fit_seconds`, ...) and
     `shuffled_macro_f1`, the same model fitted on shuffled labels; any may be absent or NaN.
     `by_unit`: macro-F1, index held-out units, columns models.
-    `audit`: the design's, as in data/design/audit.json. `has_units`: what is held out are whole
-    independent units (a judgement's `is_replicated`), not technical parts. `bar`: the model that
-    others must beat.
+    `audit`: the design's, as in data/design/audit.json. `bar`: the model that others must beat.
+    `scheme`: what is held out whole, as `Split.scheme`; unless told, what the audit has.
     `labels`: what a model's name does not say, such as whose pre-training it starts from.
     `flags`: further caveats, one sentence each, shown with the design's.
     """
@@ -40,7 +41,7 @@ class Board:
     n_exposures: int = 0
     labels: Mapping[str, str] = field(default_factory=dict)
     flags: tuple[str, ...] = ()
-    has_units: bool = True
+    scheme: str = ""
 
     def __post_init__(self) -> None:
         if "macro_f1" not in self.table or not len(self.table):
@@ -56,14 +57,20 @@ class Board:
         return self.table.sort_values("macro_f1", ascending=False, kind="stable")
 
     @property
+    def part(self) -> str:
+        """What is held out: a unit, a line, or a part that is technical only."""
+        scheme = self.scheme or ("unit" if self.audit.get("units", True) else "technical_fold")
+        return scheme if scheme in UNITS else "part"
+
+    @property
+    def has_units(self) -> bool:
+        """Whether what is held out is biologically independent."""
+        return self.part in UNITS
+
+    @property
     def n_units(self) -> int:
         """How many independent units were judged on: none where the design has none."""
         return len(self.by_unit) if self.has_units else 0
-
-    @property
-    def part(self) -> str:
-        """What is held out: a unit, or a part that is technical only."""
-        return "unit" if self.has_units else "part"
 
     @property
     def leader(self) -> str:
@@ -85,7 +92,19 @@ class Board:
             return "the bar" if model == self.bar else "not compared"
         if not self.has_units:
             return "no units to tell by"
-        return "too few units to tell" if found.verdict == "too few units" else found.verdict
+        if found.verdict == "too few units":
+            return f"too few {self.part}s to tell"
+        p_value = self.corrected_p.get(model)
+        if found.verdict == "better" and p_value is not None and p_value > 1 - found.confidence:
+            return "not told apart"
+        return found.verdict
+
+    @property
+    def corrected_p(self) -> dict[str, float | None]:
+        """One-sided p value of each model beating the bar, corrected for their number."""
+        others = [str(name) for name in self.ranked.index if str(name) != self.bar]
+        found = [self.against_bar(name) for name in others]
+        return dict(zip(others, holm([pair.p_value if pair else None for pair in found])))
 
     def spread(self, model: str) -> tuple[float, float] | None:
         """Return the interval over units where there are enough of them, else their range."""
@@ -105,7 +124,7 @@ class Board:
             "n_exposures": self.n_exposures,
             "n_units": self.n_units,
             "replicated": self.audit.get("replicated", self.has_units),
-            "has_units": self.has_units,
+            "scheme": self.scheme,
             "confounded": self.audit.get("confounded"),
             "verdict": [{"weight": note.weight, "text": note.text} for note in verdict(self)],
             "sentence": sentence(self),
@@ -114,7 +133,7 @@ class Board:
                     "model": str(name),
                     **{str(key): plain(value) for key, value in row.items()},
                     "by_unit": _units_of(self.by_unit, str(name)),
-                    "against_bar": _said(self, str(name)),
+                    "compared": _said(self, str(name)),
                     "label": self.labels.get(str(name)),
                 }
                 for name, row in self.ranked.iterrows()
@@ -126,7 +145,7 @@ class Board:
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
         """Read back what `to_json` returned."""
-        apart = ("model", "by_unit", "against_bar", "label")
+        apart = ("model", "by_unit", "compared", "label")
         models = values["models"]
         rows = {
             row["model"]: {key: value for key, value in row.items() if key not in apart}
@@ -143,7 +162,7 @@ class Board:
             n_exposures=values["n_exposures"],
             labels={row["model"]: row["label"] for row in models if row["label"]},
             flags=tuple(values["flags"]),
-            has_units=values["has_units"],
+            scheme=values["scheme"],
         )
 
 
@@ -162,7 +181,7 @@ def verdict(board: Board) -> list[Note]:
         said.insert(0, NOT_REPLICATED)
     notes = design_notes({**board.audit, "warnings": said})
     if board.has_units:
-        notes.append(_number_of_units(board.n_units))
+        notes.append(_number_of_units(board.n_units, board.part))
     told = "\n".join(note.text for note in notes)
     # a judgement repeats the two things that the design and the number of units say already
     fresh = [
@@ -187,14 +206,15 @@ def design_notes(audit: Mapping[str, Any]) -> list[Note]:
     return notes
 
 
-def _number_of_units(n: int) -> Note:
+def _number_of_units(n: int, part: str) -> Note:
     if n < FEWEST_FOR_INTERVAL:
         return Note(
             "mind",
-            f"n = {counted(n, 'unit')}: no interval; every unit and the range are shown.",
+            f"n = {counted(n, part)}: no interval; every {part} and the range are shown.",
         )
     return Note(
-        "fine", f"n = {n} units. Intervals over them are approximate: folds share training cells."
+        "fine",
+        f"n = {n} {part}s. Intervals over them are approximate: folds share training cells.",
     )
 
 
@@ -205,15 +225,23 @@ def sentence(board: Board) -> str:
     score = float(board.ranked["macro_f1"].iloc[0])
     if math.isnan(score):
         return "No model could be judged: not one has a macro-F1."
-    units = counted(board.n_units, "unseen unit") if board.n_units else "held-out technical parts"
+    units = (
+        counted(board.n_units, f"unseen {board.part}")
+        if board.n_units
+        else "held-out technical parts"
+    )
     spread = board.spread(leader)
     between = f" ({spread[0]:.2f} to {spread[1]:.2f})" if spread and spread[0] < spread[1] else ""
     said = f"{leader} leads: macro-F1 {score:.2f} on {units}{between}"
     said += _over_bar(board, leader)
-    shuffled = board.table.get("shuffled_macro_f1")
-    if shuffled is not None and score <= float(shuffled[leader]):
-        said += f" It is no better than after fitting on shuffled labels ({shuffled[leader]:.2f})."
+    shuffled = plain(board.table["shuffled_macro_f1"][leader]) if _has_shuffled(board) else None
+    if shuffled is not None and score <= shuffled:
+        said += f" It is no better than after fitting on shuffled labels ({shuffled:.2f})."
     return said
+
+
+def _has_shuffled(board: Board) -> bool:
+    return "shuffled_macro_f1" in board.table
 
 
 def _over_bar(board: Board, leader: str) -> str:
@@ -248,7 +276,11 @@ def plain(value: Any) -> Any:
     """Return a value JSON can hold: NumPy numbers as Python's, what is not finite as None."""
     if hasattr(value, "item"):
         value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    return None if value is pd.NaT or value is pd.NA else str(value)
 
 
 def _units_of(by_unit: pd.DataFrame, model: str) -> dict[str, Any]:
@@ -263,7 +295,8 @@ def _said(board: Board, model: str) -> dict[str, Any] | None:
         return None
     values: dict[str, Any] = {"difference": found.difference, "verdict": board.told_apart(model)}
     if board.has_units:
-        values |= {"low": found.low, "high": found.high, "p_value": found.p_value}
+        values |= {"low": found.low, "high": found.high}
+        values |= {"p_value": found.p_value, "corrected_p_value": board.corrected_p[model]}
         values["sentence"] = found.sentence()
     return values
 

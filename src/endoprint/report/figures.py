@@ -159,7 +159,7 @@ def per_unit(by_unit: pd.DataFrame, *, chance: float | None = None, part: str = 
 
     by_unit: index units, one column a model, values macro-F1 in [0, 1] or NaN. The bar of a mean
     is the interval over units where there are enough of them, else their range. `part` names
-    what is held out where that is no unit; then nothing is inferred.
+    what is held out; nothing is inferred from a mere "part".
     """
     models = [str(name) for name in by_unit.columns]
     n_units, n_means = len(by_unit), len(models) if len(by_unit) > 1 else 0
@@ -183,7 +183,7 @@ def per_unit(by_unit: pd.DataFrame, *, chance: float | None = None, part: str = 
         if not n_means:
             continue
         place = n_units + 0.5 + number
-        found = interval(scores) if part == "unit" else None
+        found = interval(scores) if part != "part" else None
         low, high = found or (float(scores.min()), float(scores.max()))
         ax.plot([low, high], [place, place], color=colour, lw=3, alpha=0.45)
         ax.plot([scores.mean()], [place], ms=7, color=colour, marker=marker)
@@ -376,7 +376,7 @@ def _unit_claim(by_unit: pd.DataFrame, part: str) -> str:
     values = by_unit[best].dropna()
     if len(values) == 1:
         return f"{best}: macro-F1 {values.iloc[0]:.2f} on the one {part} judged, {values.index[0]}"
-    is_few = part == "unit" and len(values) < FEWEST_FOR_INTERVAL
+    is_few = part != "part" and len(values) < FEWEST_FOR_INTERVAL
     return (
         f"{best} does worst on {values.idxmin()}: macro-F1 {values.min():.2f}; "
         f"{values.max():.2f} at best (n = {len(values)} {part}s"

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from endoprint.paired import FEWEST_FOR_INTERVAL
 from endoprint.report import figures, page
-from endoprint.report.board import Board, counted, sentence, verdict
+from endoprint.report.board import Board, counted, plain, sentence, verdict
 from endoprint.report.page import WORDS, Note
 
 WIDTH = 100  # columns of every screen this project draws
@@ -229,7 +229,7 @@ def _comparison_figures(board: Board) -> list[str]:
         order = [name for name in board.ranked.index if name in board.by_unit]
         figure = figures.per_unit(
             board.by_unit[order],
-            chance=1 / board.n_exposures if board.n_exposures else None,
+            chance=_chance(board),
             part=board.part,
         )
         blocks += [
@@ -249,6 +249,13 @@ def _comparison_figures(board: Board) -> list[str]:
         alt = f"macro-F1 of every model against its {cost.replace('_', ' ')}"
         blocks += [page.heading("Cost beside quality"), page.picture(figure, alt=alt)]
     return blocks
+
+
+def _chance(board: Board) -> float | None:
+    """Return what blind guessing would reach, as the judge says or as equal exposures make it."""
+    if "chance" in board.table:
+        return plain(board.ranked["chance"].iloc[0])  # type: ignore[no-any-return]
+    return 1 / board.n_exposures if board.n_exposures else None
 
 
 def _model_figures(
