@@ -37,15 +37,16 @@ class Ranker:
         self._median = np.full(len(tokens), np.inf)
         self._median[is_known] = vocabulary.medians[tokens[is_known] - n_specials]
         self._token = np.where(is_known, tokens, 0).astype(np.int64)
-        self.is_known = is_known.astype(np.float64)
-        self.is_tiny = (self._median < TINY_MEDIAN).astype(np.float64)
+        self.is_known = is_known.astype(np.float32)
+        self.is_tiny = (self._median < TINY_MEDIAN).astype(np.float32)
         self._head = [] if vocabulary.cls_id is None else [vocabulary.cls_id]
         self._tail = [] if vocabulary.eos_id is None else [vocabulary.eos_id]
         self.room = vocabulary.max_length - len(self._head) - len(self._tail)
         self._token_bits = (len(vocabulary) - 1).bit_length()
         # the smallest key there can be: one count of the gene with the largest median
         self._lowest = int(np.float64(1.0 / vocabulary.medians.max()).view(np.int64))
-        self._key_by_token = np.zeros(len(vocabulary))
+        self._median_of_token = np.concatenate([np.zeros(n_specials), vocabulary.medians])
+        self._key_of_token = np.zeros(len(vocabulary))
         self._stretch = 0
 
     def rank(self, data: Array, indices: Array, indptr: Array) -> tuple[Array, Array] | None:
@@ -54,9 +55,9 @@ class Ranker:
         None where the data are no raw counts. Stored zeros are not expressed. A column stands at
         most once in a cell.
         """
-        n_cells = len(indptr) - 1
+        n_cells, n_head, n_tail = len(indptr) - 1, len(self._head), len(self._tail)
         entries = np.minimum(np.diff(indptr), self.room)
-        out = np.empty(int(entries.sum()) + n_cells * self._n_specials, dtype=np.int32)
+        out = np.empty(int(entries.sum()) + n_cells * (n_head + n_tail), dtype=np.int32)
         lengths = np.empty(n_cells, dtype=np.int64)
         filled, cell = 0, 0
         while cell < n_cells:
@@ -68,17 +69,13 @@ class Ranker:
             if not self._pack(data[start:stop], indices[start:stop]):
                 return None
             for ranked in self._sort(bounds):
-                lengths[cell] = len(self._head) + len(ranked) + len(self._tail)
-                end = filled + int(lengths[cell])
-                out[filled : filled + len(self._head)] = self._head
-                out[filled + len(self._head) : end - len(self._tail)] = ranked
-                out[end - len(self._tail) : end] = self._tail
+                end = filled + n_head + len(ranked) + n_tail
+                out[filled : filled + n_head] = self._head
+                out[filled + n_head : end - n_tail] = ranked
+                out[end - n_tail : end] = self._tail
+                lengths[cell] = end - filled
                 filled, cell = end, cell + 1
         return out[:filled], lengths
-
-    @property
-    def _n_specials(self) -> int:
-        return len(self._head) + len(self._tail)
 
     def _pack(self, data: Array, indices: Array) -> bool:
         """Fill `_packed`: ascending order is descending key, then ascending token."""
@@ -130,16 +127,23 @@ class Ranker:
         """Rank again, by full keys, every cell where equal leading bits hid unequal keys."""
         packed = self._packed
         mask = (1 << self._token_bits) - 1
-        alike = (packed[1:] ^ packed[:-1] <= mask) & (packed[1:] < self._end)
+        alike = packed[1:] ^ packed[:-1] <= mask
         places = np.flatnonzero(alike) + 1  # each with its predecessor
+        upper, lower = packed[places - 1], packed[places]
+        # Where medians are equal the keys are: unequal counts would differ in the leading bits.
+        same_median = self._median_of_token[upper & mask] == self._median_of_token[lower & mask]
+        doubtful = ~same_median & (lower < self._end)
+        places = places[doubtful]
+        if not len(places):
+            return
         cells = np.searchsorted(bounds, places, side="right") - 1
         for cell in np.unique(cells):
             start, stop = bounds[cell], bounds[cell + 1]
             tokens, keys = self._tokens[start:stop], self._keys[start:stop]
-            self._key_by_token[tokens] = keys
+            self._key_of_token[tokens] = keys
             here = places[(cells == cell) & (places > start)]
             upper, lower = packed[here - 1] & mask, packed[here] & mask
-            if (self._key_by_token[upper] != self._key_by_token[lower]).any():
+            if (self._key_of_token[upper] != self._key_of_token[lower]).any():
                 order = np.lexsort((tokens, -keys))[: n_genes[cell]]
                 packed[start : start + n_genes[cell]] = tokens[order]
 
@@ -216,17 +220,19 @@ class Columns:
 
     def coverage(self, counts: sparse.csr_matrix) -> dict[str, Array]:
         """Return the columns of `Tokens.coverage`, and `n_counts` summed over all columns."""
-        inside = (self.tokens >= 0).astype(np.float64)
-        n_counts = counts @ np.ones(counts.shape[1])
-        share = np.divide(
-            counts @ inside, n_counts, out=np.zeros(len(n_counts)), where=n_counts > 0
-        )
+        # in the counts' own type: scipy would copy a matrix to multiply it with another
+        kind = counts.dtype if counts.dtype.kind == "f" else np.dtype(np.float64)
+        n_counts = (counts @ np.ones(counts.shape[1], dtype=kind)).astype(np.float64)
+        n_inside = counts @ (self.tokens >= 0).astype(kind)
+        share = np.divide(n_inside, n_counts, out=np.zeros(len(n_counts)), where=n_counts > 0)
         merged = counts if self.collapse is None else sparse.csr_matrix(counts @ self.collapse)
         is_seen = sparse.csr_matrix(
             ((merged.data > 0).astype(np.float32), merged.indices, merged.indptr), merged.shape
         )
         n_genes = (is_seen @ self.ranker.is_known).astype(np.int64)
-        n_tiny = (is_seen @ self.ranker.is_tiny).astype(np.int64)
+        n_tiny = np.zeros_like(n_genes)
+        if self.ranker.is_tiny.any():
+            n_tiny = (is_seen @ self.ranker.is_tiny).astype(np.int64)
         return {
             "share": share,
             "n_genes": n_genes,
