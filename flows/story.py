@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import time
+
 from prefect import flow, runtime, task
 
 from endoprint import jobs
@@ -10,15 +13,16 @@ from endoprint import jobs
 @flow
 def story(workspace: str = ".") -> str:
     """Walk the job list from cells to scored cells; return the path of `story.json`."""
+    began = time.time()
     told = {
         step.name: task(step.job, name=step.name)(workspace, **step.arguments)
         for step in jobs.story_steps(workspace)
     }
     tell = task(jobs.tell, name="tell")
-    return tell(workspace, told=told, flow_run_id=str(runtime.flow_run.id))
+    return tell(workspace, told=told, flow_run_id=str(runtime.flow_run.id), began=began)
 
 
 if __name__ == "__main__":
     from endoprint.cli.story import run_flow
 
-    run_flow("flows.story:story")
+    sys.exit(run_flow("flows.story", "story"))

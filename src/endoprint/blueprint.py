@@ -78,7 +78,7 @@ HEAD = """\
 
 def dvc_yaml(*, has_pool: bool) -> str:
     """Return the pipeline of a workspace, with or without a pool of unlabelled cells."""
-    return DVC_YAML.replace("@pool_source@", ', "${pool}"' if has_pool else "").replace(
+    return DVC_YAML.replace("@pool_source@", ', "${cells.pool}"' if has_pool else "").replace(
         "@pool@", ", data/cells/pool.h5ad" if has_pool else ""
     )
 
@@ -100,7 +100,7 @@ def write_workspace(
     files = {
         "params.yaml": HEAD.format(check=said)
         + yaml.safe_dump(params, sort_keys=False, allow_unicode=True, width=95),
-        "dvc.yaml": dvc_yaml(has_pool=bool(params.get("pool"))),
+        "dvc.yaml": dvc_yaml(has_pool=bool(params["cells"].get("pool"))),
         "registry/policy.yaml": POLICY,
         ".dvc/config": DVC_CONFIG,
         ".dvcignore": ".endoprint\n",

@@ -83,7 +83,6 @@ class Params(Config):
 
     task: str  # names what is asked of the data; experiment and registered model carry it
     seed: int = 0
-    pool: str | None = None  # unlabelled cells of separate units, for vocabulary and pre-training
     score: str | None = None  # unlabelled cells (a file or a folder) that `endoprint run` scores
     cells: dict[str, Any] = {}
     design: dict[str, Any] = {}

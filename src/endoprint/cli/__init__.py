@@ -47,6 +47,14 @@ def say(result: dict[str, Any], text: str, as_json: bool) -> None:
     typer.echo(json.dumps(result, indent=1, default=str) if as_json else text)
 
 
+def show(screen: Any) -> None:
+    """Print something drawn: in colour on a terminal, plain in a log."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else 100
+    Console(width=width).print(screen)
+
+
 def main() -> None:
     """Entry point of the `endoprint` command."""
     from endoprint.cli import data, fitting, registry, story  # noqa: F401 -- they add commands

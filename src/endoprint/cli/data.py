@@ -49,7 +49,7 @@ def simulate(
 ) -> None:
     """Simulate a neural-organoid hormone atlas whose truth is known."""
     if out is None:
-        made = {"atlas": jobs.simulate(str(workspace))}
+        made = {"out": jobs.simulate(str(workspace))}
     else:
         chosen = {
             "cells": cells,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from endoprint import jobs
-from endoprint.cli import Folder, Json, app, say
+from endoprint.cli import Folder, Json, app, say, show
 
 
 @app.command()
@@ -26,10 +26,8 @@ def search(
     as_json: Json = False,
 ) -> None:
     """Tune a model on development units; prints the winner as a diff of params.yaml."""
-    from endoprint.search import read_result
-
     run = jobs.search(str(workspace), model=model, trials=trials)
-    result = read_result(str(workspace), model)
+    result = jobs.search_result(str(workspace), model=model)
     say({"run_id": run} | result, result["text"], as_json)
 
 
@@ -66,8 +64,8 @@ def models(as_json: Json = False) -> None:
 @app.command()
 def leaderboard(workspace: Folder = Path(), as_json: Json = False) -> None:
     """Compare the latest fit of every model on the same held-out development units."""
-    import json
-
     path = Path(jobs.leaderboard(str(workspace)))
-    board = json.loads(path.read_text())
-    say(board, jobs.leaderboard_text(str(workspace)), as_json)
+    if as_json:
+        typer.echo(path.read_text())
+    else:
+        show(jobs.leaderboard_screen(str(workspace)))

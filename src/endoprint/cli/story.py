@@ -1,21 +1,24 @@
-"""Commands that walk the whole job list: demo and run, with or without Prefect."""
+"""Commands that walk the whole job list: demo and run."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from endoprint import jobs
-from endoprint.cli import Folder, Json, app, say
+from endoprint.cli import Folder, Json, app, show
+from endoprint.workspace import Workspace
 
 
 @app.command()
 def demo(workspace: Folder = Path(), as_json: Json = False) -> None:
-    """Walk the whole story on simulated cells, without Prefect."""
+    """Walk the whole story on simulated cells: the job list of `make demo`, without Prefect."""
     _walk(workspace, as_json)
 
 
@@ -32,39 +35,31 @@ def run(
 
 
 def _walk(workspace: Path, as_json: bool) -> None:
-    import json
-
-    told = {}
-    for step in jobs.story_steps(str(workspace)):
-        told[step.name] = step.job(str(workspace), **step.arguments)
-    path = Path(jobs.tell(str(workspace), told=told))
-    show(path, json.loads(path.read_text()), as_json)
-
-
-def show(path: Path, told: dict[str, object], as_json: bool) -> None:
-    """Print the last screen of a story."""
-    from rich.console import Console
-
-    if as_json:
-        say(told, "", as_json)
-    else:
-        Console().print(jobs.last_screen(str(path.parent.parent)))
+    began = time.time()
+    told = {
+        step.name: step.job(str(workspace), **step.arguments)
+        for step in jobs.story_steps(str(workspace))
+    }
+    show_story(jobs.tell(str(workspace), told=told, began=began), as_json=as_json)
 
 
-def run_flow(name: str) -> None:
-    """Run `module:flow` in a child whose environment is settled before Prefect is imported."""
-    from endoprint.workspace import Workspace
-
-    here = Workspace.at(".")
-    module, _, function = name.partition(":")
-    code = f"from {module} import {function}; from endoprint.cli.story import show_story; "
-    code += f"show_story({function}('.'))"
-    command = [sys.executable, "-c", code]
-    sys.exit(subprocess.run(command, env=here.environment(), check=False).returncode)
-
-
-def show_story(path: str) -> None:
+def show_story(path: str, *, as_json: bool = False) -> None:
     """Print the last screen of the story whose `story.json` is at `path`."""
-    import json
+    if as_json:
+        typer.echo(json.dumps(json.loads(Path(path).read_text()), indent=1))
+    else:
+        show(jobs.last_screen(str(Path(path).parent.parent)))
 
-    show(Path(path), json.loads(Path(path).read_text()), as_json=False)
+
+def run_flow(module: str, name: str) -> int:
+    """Run a flow in a child process, with the environment of the workspace here.
+
+    Prefect reads its home and settings when it is imported: later is too late.
+    """
+    code = (
+        f"from {module} import {name}; from endoprint.cli.story import show_story; "
+        f"show_story({name}('.'))"
+    )
+    environment = Workspace.at(".").environment()
+    done = subprocess.run([sys.executable, "-c", code], env=environment, check=False)
+    return done.returncode

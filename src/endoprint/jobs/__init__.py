@@ -1,0 +1,54 @@
+"""Plain functions that compose the rooms: strings in, strings out.
+
+The command line and the Prefect flows call these and nothing below them. Names, paths and ids
+cross their borders, never arrays. Modules are imported where they are used, so that importing
+`jobs` costs nothing and `endoprint --help` answers at once.
+"""
+
+from endoprint.jobs.data import (
+    attach,
+    audit,
+    audit_file,
+    check,
+    curate,
+    init,
+    prepare,
+    simulate,
+    simulate_to,
+    split,
+    tokenise,
+    tokenize_file,
+)
+from endoprint.jobs.fitting import figures_of, leaderboard, pretrain, search, search_result, train
+from endoprint.jobs.live import gc, promote, register, score
+from endoprint.jobs.story import Step, last_screen, leaderboard_screen, story_steps, tell
+
+__all__ = [
+    "Step",
+    "attach",
+    "audit",
+    "audit_file",
+    "check",
+    "curate",
+    "figures_of",
+    "gc",
+    "init",
+    "last_screen",
+    "leaderboard",
+    "leaderboard_screen",
+    "prepare",
+    "pretrain",
+    "promote",
+    "register",
+    "score",
+    "search",
+    "search_result",
+    "simulate",
+    "simulate_to",
+    "split",
+    "story_steps",
+    "tell",
+    "tokenise",
+    "tokenize_file",
+    "train",
+]

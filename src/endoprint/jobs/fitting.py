@@ -1,0 +1,392 @@
+"""Jobs that fit and compare: pretrain, search, train, leaderboard. Every fit is an MLflow run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from endoprint import progress
+from endoprint.config import Refusal
+from endoprint.jobs.data import write_json
+from endoprint.workspace import Workspace
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from endoprint.design import Parts, Split
+    from endoprint.judge import Judgement
+    from endoprint.model import ExposureModel, Resources, Watch
+    from endoprint.tracking import Run
+
+BAR = "logistic"  # what every model is compared with, unless the field lacks it
+
+
+# -- pre-training -------------------------------------------------------------------------------
+def pretrain(workspace: str) -> str:
+    """Pre-train a small backbone on the pool; return its run id.
+
+    The same pool, vocabulary and values give the run that stands already.
+    """
+    space = Workspace.at(workspace)
+    from endoprint import cells, runs, tokens, tracking
+    from endoprint.encoder.pretrain import PretrainConfig
+    from endoprint.encoder.pretrain import pretrain as learn
+    from endoprint.lineage import hash_of
+    from endoprint.vocabulary import Vocabulary
+
+    config = space.params.section("pretrain", PretrainConfig)
+    if not space.pool.is_file():
+        raise Refusal(
+            "pre-training learns from a pool of unlabelled cells of other units",
+            f"none at {space.pool.relative_to(space.root)}",
+            "name cells.pool in params.yaml and run `endoprint run`",
+        )
+    vocabulary = Vocabulary.read(space.vocabulary)
+    pool = cells.load(space.pool)
+    key = hash_of(
+        {
+            "pool": cells.fingerprint(pool),
+            "vocabulary": vocabulary.sha256,
+            "config": config.model_dump(mode="json"),
+            "seed": space.params.seed,
+        }
+    )
+    done = runs.finished(space, "pretrain", {"pretrain_key": key})
+    if done:
+        return done[0]
+    with (
+        progress.task("pretrain", config.epochs) as step,
+        tracking.run(space, name="pretrain", kind="pretrain") as run,
+    ):
+        folder = _scratch(space, run.run_id)
+        run.params(config)
+        told = learn(
+            tokens.of(pool, vocabulary),
+            vocabulary,
+            folder,
+            config,
+            units=sorted(set(pool.obs["unit"].astype(str))),
+            seed=space.params.seed,
+            watch=_both(run.watch, step.watch),
+        )
+        run.metrics({k: v for k, v in told.items() if isinstance(v, int | float)})
+        for file in sorted(folder.iterdir()):
+            run.file(file, "backbone")
+        run.tags({"pretrain_key": key, "vocabulary_sha256": vocabulary.sha256})
+        shutil.rmtree(folder)
+    return run.run_id
+
+
+# -- search -------------------------------------------------------------------------------------
+def search(workspace: str, *, model: str, trials: int) -> str:
+    """Tune a model on development folds; return the run id of the study."""
+    space = Workspace.at(workspace)
+    from endoprint import judge, tracking
+    from endoprint import search as optuna_search
+    from endoprint.model import model_class
+
+    config = space.params.section("search", optuna_search.SearchConfig)
+    cls = model_class(model)
+    chosen = dict(space.params.models.get(model, {}))
+    cells, split = _cells_and_split(space)
+    resources = _resources(space)
+    seed = space.params.seed
+    name = f"{space.params.task}-{model}-{split.hash[:12]}"
+    study = optuna_search.open_study(space.journals / f"{model}.log", name, seed=seed)
+    folds = range(min(config.n_folds, split.n_folds))
+
+    with (
+        progress.task(f"search {model}", trials) as step,
+        tracking.run(space, name=f"search {model}", kind="search", model=model) as parent,
+    ):
+
+        def objective(trial: optuna_search.Trial) -> float:
+            values = cls.Config.of({**chosen, **trial.values}, where=f"models.{model}")
+            with tracking.run(
+                space, name=f"{model} trial {trial.number}", kind="trial", model=model,
+                parent=parent.run_id, tags={"study": name, "split_hash": split.hash},
+            ) as run:  # fmt: skip
+                run.params(values)
+                judged = judge.cross_fit(
+                    lambda: cls(values, seed=seed, resources=resources),
+                    cells, split, folds=folds, watch=_both(run.watch, trial.watch), seed=seed,
+                )  # fmt: skip
+                run.metrics(judged.metrics)
+            return judged.metrics["macro_f1"]
+
+        optuna_search.tune(study, cls.Config, chosen, objective, n_trials=trials, told=step.reach)
+        result = _search_result(space, model, study)
+        parent.metrics({"best_macro_f1": result["best_macro_f1"], "n_trials": float(trials)})
+        parent.params(result["values"])
+        parent.record("winner", result)
+    return parent.run_id
+
+
+def search_result(workspace: str, *, model: str) -> dict[str, Any]:
+    """Return the winner of a model's study: values, figure, and the diff it proposes."""
+    space = Workspace.at(workspace)
+    from endoprint import search as optuna_search
+    from endoprint.design import Split
+
+    name = f"{space.params.task}-{model}-{Split.read(space.split).hash[:12]}"
+    study = optuna_search.open_study(space.journals / f"{model}.log", name, seed=space.params.seed)
+    return _search_result(space, model, study)
+
+
+def _search_result(space: Workspace, model: str, study: Any) -> dict[str, Any]:
+    from endoprint import search as optuna_search
+
+    values = optuna_search.winner(study)
+    diff = optuna_search.proposal(space.root / "params.yaml", model, values)
+    said = (
+        f"{study.best_value:.3f} macro-F1 on development folds, "
+        f"the best of {optuna_search.n_finished(study)} trials"
+    )
+    return {
+        "model": model,
+        "values": values,
+        "best_macro_f1": float(study.best_value),
+        "n_finished": optuna_search.n_finished(study),
+        "diff": diff,
+        "text": f"{model}: {said}\n{diff}" if diff else f"{model}: {said}; params.yaml has them",
+    }
+
+
+# -- training -----------------------------------------------------------------------------------
+def train(workspace: str, *, model: str, tuned: str = "") -> str:
+    """Fit a model: in every development fold, to judge it, then on all development units.
+
+    `tuned`: not empty: with the values its search found. Returns the run id; the run holds
+    figures, tables, lineage and the fitted model.
+    """
+    space = Workspace.at(workspace)
+    from endoprint import artefact, judge, tracking
+    from endoprint.lineage import metered
+    from endoprint.model import model_class
+
+    cls = model_class(model)
+    values = dict(space.params.models.get(model, {}))
+    if tuned:
+        values |= search_result(workspace, model=model)["values"]
+    config = cls.Config.of(values, where=f"models.{model}")
+    cells, split = _cells_and_split(space)
+    build = partial(cls, config, seed=space.params.seed, resources=_resources(space))
+    with (
+        progress.task(f"train {model}", split.n_folds + 1) as step,
+        tracking.run(
+            space, name=model, kind="train", model=model, tags={"tuned": bool(tuned)}
+        ) as run,
+    ):
+        run.params(config)
+        run.record("config", config.model_dump(mode="json"))
+        scratch = _scratch(space, run.run_id)
+        with metered() as meter:
+            judged = judge.cross_fit(
+                build, cells, split,
+                told=lambda done, total: step.reach(done, total + 1), seed=space.params.seed,
+            )  # fmt: skip
+            parts = split.parts(cells.obs, None)
+            final = build().fit(
+                cells[parts.train].copy(), cells[parts.valid].copy(),
+                watch=run.watch, work=scratch / "work",
+            )  # fmt: skip
+        folder = scratch / "model"
+        final.save(folder)
+        run.model(folder, sha256=artefact.digest(folder))
+        _log_judgement(run, judged, cells)
+        run.metrics({"n_parameters": final.n_parameters()})
+        _log_origin(space, run, final, cells, split, parts, meter.cost)
+        shutil.rmtree(scratch)
+    return run.run_id
+
+
+def figures_of(workspace: str, run_id: str) -> dict[str, float]:
+    """Return the final figures of a run."""
+    from endoprint import runs
+
+    return runs.final_metrics(Workspace.at(workspace), run_id)
+
+
+def _log_judgement(run: Run, judged: Judgement, cells: AnnData) -> None:
+    from endoprint.report import figures
+
+    control = str(cells.uns["endoprint"]["control"])
+    run.metrics(judged.metrics)
+    run.table("predictions", judged.predictions)
+    run.table("samples", judged.samples)
+    run.table("folds", judged.folds)
+    run.record("by_unit", judged.by_unit["macro_f1"].astype(float).to_dict())
+    part = "unit" if judged.is_replicated else "part"
+    run.figure("confusion", figures.confusion(judged.predictions))
+    run.figure("roc", figures.roc(judged.predictions, control=control))
+    run.figure("reliability", figures.reliability(judged.predictions))
+    by_unit = judged.by_unit[["macro_f1"]].set_axis([judged.model], axis=1)
+    chance = 1.0 / judged.predictions["truth"].nunique()
+    run.figure("per_unit", figures.per_unit(by_unit, chance=chance, part=part))
+
+
+def _log_origin(
+    space: Workspace, run: Run, final: ExposureModel, cells: AnnData, split: Split,
+    parts: Parts, cost: Any,
+) -> None:  # fmt: skip
+    """Say which cells, units, code and base model the run's figures and model come from."""
+    from endoprint.cells import md5
+    from endoprint.lineage import BaseModelUsed, Lineage
+
+    unit = cells.obs["unit"].astype(str)
+    backbone = final.provenance.get("backbone")
+    lineage = Lineage.of(
+        space,
+        model=final.name,
+        seed=space.params.seed,
+        exposures=final.exposures,
+        units={
+            "training": sorted(set(unit.iloc[parts.train])),
+            "validation": sorted(set(unit.iloc[parts.valid])),
+            "development": split.development,
+            "test": split.test,
+        },
+        split_hash=split.hash,
+        base_model=BaseModelUsed(label=backbone["label"], sha256=backbone["sha256"])
+        if backbone
+        else None,
+        cost=cost,
+    )
+    run.lineage(lineage)
+    run.dataset(
+        "cells",
+        cells.obs[["exposure", "unit"]],
+        path=space.cells,
+        md5=md5(space.cells),
+        used="training",
+    )
+
+
+# -- leaderboard --------------------------------------------------------------------------------
+def leaderboard(workspace: str) -> str:
+    """Compare the latest fit of every model on the same split; return the board's path (JSON).
+
+    The bar and the leader also meet shuffled labels, where there are units enough to shuffle in.
+    """
+    space = Workspace.at(workspace)
+    import pandas as pd
+
+    from endoprint import runs, tracking
+    from endoprint.report import Board, leaderboard_page
+
+    cells, split = _cells_and_split(space)
+    table = tracking.runs_table(space, kind="train", split_hash=split.hash)
+    latest = table[table["model"].isin(list(space.params.models))]
+    latest = latest.drop_duplicates("model", keep="first").set_index("model", append=True)
+    if not len(latest):
+        raise Refusal(
+            "a leaderboard ranks fitted models",
+            "none of this split",
+            "run `endoprint train MODEL`",
+        )
+    latest = latest.reset_index("run_id")
+    bar = BAR if BAR in latest.index else str(latest.index[0])
+    leader = str(latest["macro_f1"].astype(float).idxmax())
+    controls: list[str] = []
+    for model in dict.fromkeys((bar, leader)):
+        figure, said = _shuffled(space, model, str(latest.loc[model, "run_id"]), cells, split)
+        latest.loc[model, "shuffled_macro_f1"] = figure
+        controls.append(said)
+    by_unit = {
+        model: runs.read_record(space, str(row["run_id"]), "by_unit")
+        for model, row in latest.iterrows()
+    }
+    audit = json.loads(space.audit.read_text())
+    columns = [name for name in latest.columns if not name.startswith("param.")]
+    board = Board(
+        task=space.params.task,
+        table=latest[columns],
+        by_unit=pd.DataFrame(by_unit),
+        audit=audit,
+        bar=bar,
+        n_exposures=len(audit["exposures"]),
+        labels={str(m): str(b) for m, b in latest["base_model"].dropna().items()},
+        flags=(*split.notes, *controls),
+    )
+    path = write_json(space.local / "leaderboard.json", board.to_json())
+    page = space.local / "leaderboard.html"
+    page.write_text(leaderboard_page(board))
+    with tracking.run(space, name="leaderboard", kind="leaderboard") as run:
+        run.file(Path(path))
+        run.file(page)
+        run.tags({"split_hash": split.hash, "leader": leader})
+    return path
+
+
+def _shuffled(
+    space: Workspace, model: str, run_id: str, cells: AnnData, split: Split
+) -> tuple[float, str]:
+    """Return the model's macro-F1 on shuffled labels and its sentence, made once per run."""
+    from endoprint import judge, runs, tracking
+    from endoprint.model import model_class
+
+    done = runs.finished(space, "control", {"control_of": run_id})
+    if done:
+        return runs.final_metrics(space, done[0])["macro_f1"], runs.tag(space, done[0], "said")
+    config = model_class(model).Config.of(
+        runs.read_record(space, run_id, "config"), where=f"models.{model}"
+    )
+    seed = space.params.seed
+    build = partial(model_class(model), config, seed=seed, resources=_resources(space))
+    with (
+        progress.task(f"shuffled labels, {model}"),
+        tracking.run(
+            space, name=f"{model} on shuffled labels", kind="control", model=model,
+            parent=run_id, tags={"control_of": run_id, "split_hash": split.hash},
+        ) as run,
+    ):  # fmt: skip
+        found = judge.shuffled_control(build, cells, split, seed=seed)
+        said = f"{model}, {found.sentence()}"
+        run.metrics({"macro_f1": found.macro_f1, "chance_macro_f1": found.chance})
+        run.tags({"said": said})
+    return found.macro_f1, said
+
+
+# -- shared by the jobs above -------------------------------------------------------------------
+def _cells_and_split(space: Workspace) -> tuple[AnnData, Split]:
+    from endoprint import cells
+    from endoprint.design import Split
+
+    _ = space.params
+    if not space.split.is_file() or not space.cells.is_file():
+        raise Refusal(
+            "a fit needs curated cells and a split", "neither here yet", "run `dvc repro` first"
+        )
+    return cells.load(space.cells), Split.read(space.split)
+
+
+def _resources(space: Workspace) -> Resources:
+    """Return what the workspace offers every model; what it lacks is None."""
+    from endoprint import runs
+    from endoprint.model import Resources
+
+    if not space.tokens.is_file():
+        return Resources()
+    sha256 = json.loads(space.vocabulary.read_text())["sha256"]
+    found = runs.finished(space, "pretrain", {"vocabulary_sha256": sha256})
+    backbone = None
+    if found:
+        backbone = runs.fetch(space, found[0], "backbone", space.local / "backbones")
+    return Resources(vocabulary=space.vocabulary, tokens=space.tokens, backbone=backbone)
+
+
+def _scratch(space: Workspace, run_id: str) -> Path:
+    folder = space.local / "work" / run_id
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _both(first: Watch, second: Watch) -> Watch:
+    def watch(epoch: int, metrics: dict[str, float]) -> None:
+        first(epoch, metrics)
+        second(epoch, metrics)
+
+    return watch

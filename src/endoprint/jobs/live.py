@@ -1,0 +1,105 @@
+"""Jobs on what is live: register, promote, score, gc."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from endoprint import progress
+from endoprint.config import Refusal
+from endoprint.jobs.data import write_json
+from endoprint.workspace import Workspace
+
+
+def register(workspace: str, *, run_id: str = "") -> str:
+    """Make a run's model (the leader's, unless told) `@candidate`; return its version."""
+    space = Workspace.at(workspace)
+    from endoprint import registry
+
+    if not run_id:
+        board = space.local / "leaderboard.json"
+        _ = space.params
+        if not board.is_file():
+            raise Refusal(
+                "a candidate comes from the leaderboard",
+                "none here yet",
+                "run `endoprint train`, then `endoprint leaderboard`",
+            )
+        run_id = json.loads(board.read_text())["models"][0]["run_id"]
+    return str(registry.register(space, run_id).version)
+
+
+def promote(workspace: str, *, version: str = "") -> str:
+    """Judge a version on the test units by the policy; return the verdict's path (JSON)."""
+    space = Workspace.at(workspace)
+    from endoprint import promotion
+
+    with progress.task("promote"):
+        found = promotion.promote(space, version)
+    return write_json(space.local / "verdict.json", found.to_json())
+
+
+def score(workspace: str, *, file: str, out: str, model: str = "") -> str:
+    """Score a file or folder of cells with the champion; return the summary's path (JSON).
+
+    Beside the scores lies `report.html`, which says one sentence per sample first.
+    """
+    space = Workspace.at(workspace)
+    from endoprint import registry, scoring
+    from endoprint.cells import CellsConfig
+
+    config = space.params.section("cells", CellsConfig).located(space.root)
+    version, fitted = registry.load_version(space, model or f"models:/{space.experiment}@champion")
+    place = space.root / out
+    with progress.task("score") as step:
+        scoring.score(fitted, version, space.root / file, place, cells=config, watch=step.reach)
+        return _report(space, fitted, version, place)
+
+
+def _report(space: Workspace, model: Any, version: Any, place: Path) -> str:
+    """Write `report.html` and `samples.json` beside the scores; return the summary's path."""
+    import pandas as pd
+    from anndata import AnnData
+
+    from endoprint import report, scoring
+    from endoprint.population import sample_calls
+
+    summary = json.loads((place / scoring.SUMMARY).read_text())
+    scores = pd.read_parquet(place / scoring.SCORES)
+    answered = scores[scores["call"].notna()].set_index("cell_id", drop=False)
+    columns = [f"p_{exposure}" for exposure in model.exposures]
+    calls = sample_calls(
+        model,
+        AnnData(obs=answered[["sample", "unit"]].fillna("").astype(str)),
+        probabilities=answered[columns].set_axis(model.exposures, axis=1),
+        novelty=answered["novelty"].to_numpy(),
+    )
+    meta = {
+        **summary,
+        "task": space.params.task,
+        "audit": json.loads(space.audit.read_text()) if space.audit.is_file() else {},
+        "is_calibration_unit_validated": model.provenance["is_calibration_unit_validated"],
+        "control": space.params.cells.get("control"),
+    }
+    beside = place / ".report.html.part"
+    beside.write_text(report.scores_page(scores, calls, meta))
+    beside.replace(place / "report.html")
+    write_json(place / "samples.json", json.loads(calls.to_json(orient="index")))
+    return str(place / scoring.SUMMARY)
+
+
+def gc(workspace: str, *, delete: bool = False) -> dict[str, Any]:
+    """Find (or delete) what no version needs: failed and killed runs, scratch, old backbones."""
+    space = Workspace.at(workspace)
+    from endoprint import runs, tracking
+
+    _ = space.params
+    closed = tracking.sweep(space)
+    unneeded, scratch = runs.unneeded(space), runs.scratch(space)
+    items = [f"run {run_id} ({status})" for run_id, status in unneeded.items()]
+    items += [f"scratch of run {path.name}" for path in scratch]
+    if delete:
+        runs.delete(space, list(unneeded))
+        runs.clear(scratch)
+    return {"items": items, "closed": closed, "deleted": delete}

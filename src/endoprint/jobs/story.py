@@ -1,0 +1,147 @@
+"""The job list of a whole story: what `endoprint demo`, `run` and the Prefect flow walk."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from endoprint.jobs import data, fitting, live
+from endoprint.jobs.data import write_json
+from endoprint.workspace import Workspace
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+SCORES = "scores"  # where a story scores to, in the workspace
+
+
+@dataclass(frozen=True)
+class Step:
+    """One job of a story: its name, the function, and what it is told beside the workspace."""
+
+    name: str
+    job: Callable[..., str]
+    arguments: dict[str, str | int] = field(default_factory=dict)
+
+
+def story_steps(workspace: str) -> list[Step]:
+    """Return the jobs that this workspace's values ask for, in order."""
+    params = Workspace.at(workspace).params
+    searched = str(params.search.get("model") or "")
+    steps = [Step("simulate", data.simulate)] if params.simulate else []
+    steps += [Step("prepare", data.prepare)]
+    steps += [Step("pretrain", fitting.pretrain)] if params.pretrain else []
+    if searched:
+        told: dict[str, str | int] = {"model": searched, "trials": int(params.search["trials"])}
+        steps += [Step(f"search {searched}", fitting.search, told)]
+    steps += [
+        Step(
+            f"train {model}",
+            fitting.train,
+            {"model": model, "tuned": "yes" if model == searched else ""},
+        )
+        for model in params.models
+    ]
+    steps += [
+        Step("leaderboard", fitting.leaderboard),
+        Step("register", live.register),
+        Step("promote", live.promote),
+    ]
+    if params.score:
+        steps += [Step("score", live.score, {"file": params.score, "out": SCORES})]
+    return steps
+
+
+def tell(
+    workspace: str, *, told: Mapping[str, str], flow_run_id: str = "", began: float = 0.0
+) -> str:
+    """Write what a story came to as `.endoprint/story.json`; return its path.
+
+    `told`: step name -> what the step returned. `began`: seconds since the epoch; 0: unknown.
+    """
+    space = Workspace.at(workspace)
+    verdict = json.loads(Path(told["promote"]).read_text())
+    scored = json.loads(Path(told["score"]).read_text()) if "score" in told else {}
+    board = json.loads(Path(told["leaderboard"]).read_text())
+    return write_json(
+        space.local / "story.json",
+        {
+            "champion": {"version": verdict["champion"], "model": verdict["champion_model"]},
+            "decision": verdict["decision"],
+            "reasons": verdict["reasons"],
+            "flow_run_id": flow_run_id,
+            "scores": str(Path(told["score"]).parent) if scored else None,
+            "n_scored": scored.get("n_cells", 0),
+            "leaderboard": board["models"],
+            "replicated": board["replicated"],
+            "confounded": board["confounded"],
+            "steps": dict(told),
+            "minutes": (time.time() - began) / 60 if began else None,
+        },
+    )
+
+
+def leaderboard_screen(workspace: str) -> RenderableType:
+    """Draw the leaderboard for the terminal."""
+    from endoprint.report import Board, leaderboard
+
+    board = json.loads((Workspace.at(workspace).local / "leaderboard.json").read_text())
+    return leaderboard(Board.of(board))
+
+
+def last_screen(workspace: str) -> RenderableType:
+    """Draw the last screen: who leads, who is live and why, where things are, what next."""
+    from endoprint.report import Board, Outcome, story_screen
+
+    space = Workspace.at(workspace)
+    told = json.loads((space.local / "story.json").read_text())
+    verdict = json.loads((space.local / "verdict.json").read_text())
+    board = Board.of(json.loads((space.local / "leaderboard.json").read_text()))
+    champion = told["champion"]
+    option = "" if space.root == Path.cwd() else f" --workspace {_near(space.root)}"
+    places = {"leaderboard": _near(space.local / "leaderboard.html")}
+    following = [(f"endoprint ui{option}", "compare the runs in MLflow, on this machine")]
+    samples: list[str] = []
+    if told["scores"]:
+        scores = Path(told["scores"])
+        places |= {
+            "report": _near(scores / "report.html"),
+            "scores": _near(scores / "scores.parquet"),
+        }
+        calls = json.loads((scores / "samples.json").read_text())
+        samples = [row["sentence"] for row in calls.values()]
+    following += [
+        (f"endoprint score CELLS.h5ad OUT{option}", "what were these cells exposed to?"),
+        ("endoprint init CELLS.h5ad DIR", "the same story on cells of your own"),
+    ]
+    if told["flow_run_id"]:
+        places["flow run"] = told["flow_run_id"]
+    outcome = Outcome(
+        decision=verdict["decision"],
+        version=f"version {verdict['version']} ({verdict['model']})",
+        reasons=verdict["reasons"],
+        champion=f"version {champion['version']} ({champion['model']})"
+        if champion["version"]
+        else "",
+    )
+    return story_screen(
+        board,
+        outcome,
+        places=places,
+        next_commands=following,
+        n_scored=told["n_scored"],
+        samples=samples,
+        minutes=told["minutes"],
+    )
+
+
+def _near(path: Path) -> str:
+    """Spell a path as short as it can be typed from here."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

@@ -1,0 +1,99 @@
+"""Reading back what runs logged, and finding what nothing needs any more."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from endoprint import tracking
+from endoprint.config import Refusal
+from endoprint.workspace import Workspace
+
+
+def finished(workspace: Workspace, kind: tracking.Kind, tags: Mapping[str, str]) -> list[str]:
+    """Return the ids of the finished runs of a kind that carry these tags, newest first."""
+    asked = [f"tags.kind = '{kind}'", "attributes.status = 'FINISHED'"]
+    asked += [f"tags.{name} = '{value}'" for name, value in tags.items()]
+    return [run.info.run_id for run in _search(workspace, " and ".join(asked))]
+
+
+def final_metrics(workspace: Workspace, run_id: str) -> dict[str, float]:
+    """Return the last value of every figure of a run."""
+    return dict(tracking.client(workspace).get_run(run_id).data.metrics)
+
+
+def tag(workspace: Workspace, run_id: str, name: str) -> str:
+    """Return one tag of a run."""
+    return str(tracking.client(workspace).get_run(run_id).data.tags[name])
+
+
+def read_record(workspace: Workspace, run_id: str, name: str) -> Any:
+    """Return the plain values that a run kept with `Run.record`."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = _download(workspace, run_id, f"{name}.json", scratch)
+        return json.loads(path.read_text())
+
+
+def fetch(workspace: Workspace, run_id: str, folder: str, into: Path) -> Path:
+    """Return a local copy of a folder that a run logged, made once: `into/<run_id>`."""
+    place = into / run_id
+    if not place.is_dir():
+        into.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=into) as scratch:
+            os.replace(_download(workspace, run_id, folder, scratch), place)
+    return place
+
+
+def unneeded(workspace: Workspace) -> dict[str, str]:
+    """Return run id -> status of the runs that failed or were killed: no version needs them."""
+    return {
+        run.info.run_id: run.info.status
+        for status in ("FAILED", "KILLED")
+        for run in _search(workspace, f"attributes.status = '{status}'")
+    }
+
+
+def delete(workspace: Workspace, run_ids: Sequence[str]) -> None:
+    """Delete runs (MLflow keeps them restorable until its own garbage collection)."""
+    for run_id in run_ids:
+        tracking.client(workspace).delete_run(run_id)
+
+
+def scratch(workspace: Workspace) -> list[Path]:
+    """Return the folders of intermediate files whose run is over."""
+    running = {run.info.run_id for run in _search(workspace, "attributes.status = 'RUNNING'")}
+    return [
+        path for path in sorted((workspace.local / "work").glob("*")) if path.name not in running
+    ]
+
+
+def clear(folders: Sequence[Path]) -> None:
+    """Remove folders of intermediate files."""
+    for folder in folders:
+        shutil.rmtree(folder)
+
+
+def _search(workspace: Workspace, asked: str) -> list[Any]:  # mlflow.entities.Run, untyped
+    store = tracking.client(workspace)
+    found = store.search_runs(
+        [tracking.experiment(workspace, store)],
+        filter_string=asked,
+        order_by=["attributes.start_time DESC"],
+        max_results=1000,
+    )
+    return list(found)
+
+
+def _download(workspace: Workspace, run_id: str, name: str, into: str) -> Path:
+    store = tracking.client(workspace)
+    kept = {entry.path for entry in store.list_artifacts(run_id)}
+    if name not in kept:
+        raise Refusal(
+            f"run {run_id} keeps {name}", ", ".join(sorted(kept)) or "nothing", "fit again"
+        )
+    return Path(store.download_artifacts(run_id, name, into))
