@@ -451,7 +451,7 @@ def test_the_last_screen_fits_a_hundred_columns_and_leaves_nothing_out(decision)
         next_commands=[("endoprint ui", "see runs"), ("a", "b"), ("c", "d")], n_scored=1200,
         samples=[f"Sample {i} looks exposed to RET_AGONIST" for i in range(9)], minutes=4.2,
     )  # fmt: skip
-    said = report.to_text(drawn)
+    said = report.to_text(drawn, width=200)
     assert max(len(line) for line in said.splitlines()) <= 100
     joined = "".join(said.split())
     for text in ("geneformerleads", "version1(geneformer)", "scores.parquet", "endoprintui",

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 from rich import box
 from rich.console import Console, Group, RenderableType
+from rich.constrain import Constrain
 from rich.table import Table
 from rich.text import Text
 
@@ -19,7 +20,7 @@ from endoprint.report import figures, page
 from endoprint.report.board import Board, counted, plain, sentence, verdict
 from endoprint.report.page import WORDS, Note
 
-WIDTH = 100  # columns of every screen this project draws
+WIDTH = 100  # columns: no screen this project draws is wider
 LONGEST_NOTE = 330  # letters: four lines; an audit of 15 exposures can run to fifteen
 REST = " … (the rest: endoprint audit)"
 COLOURS = {"stop": "bold red", "mind": "yellow", "fine": "green"}
@@ -48,10 +49,16 @@ COLUMNS: dict[str, tuple[str, str, Callable[[float], str]]] = {
 
 def leaderboard(board: Board) -> RenderableType:
     """Draw the leaderboard for a terminal of 100 columns."""
-    return Group(
-        *note_lines(verdict(board)), Text(), Text(sentence(board), style="bold"), Text(),
-        leaderboard_table(board), *table_notes(board), *few_units(board),
-    )  # fmt: skip
+    parts = [
+        *note_lines(verdict(board)),
+        Text(),
+        Text(sentence(board), style="bold"),
+        Text(),
+        leaderboard_table(board),
+        *table_notes(board),
+        *few_units(board),
+    ]
+    return Constrain(Group(*parts), WIDTH)
 
 
 def leaderboard_table(board: Board) -> Table:

@@ -6,12 +6,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Group, RenderableType
+from rich.constrain import Constrain
 from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
 from endoprint.report.board import Board, counted, sentence, verdict
-from endoprint.report.leaderboard import few_units, leaderboard_table, note_lines, table_notes
+from endoprint.report.leaderboard import (
+    WIDTH,
+    few_units,
+    leaderboard_table,
+    note_lines,
+    table_notes,
+)
 
 MOST_SAMPLES = 6  # sentences shown; the report holds them all
 OUTCOMES = {
@@ -58,7 +65,7 @@ def story_screen(
     parts += [_rule("Where things are"), _pairs(places.items(), style="")]
     took = f" (this took {minutes:.1f} minutes)" if minutes is not None else ""
     parts += [_rule(f"Next{took}"), _pairs(next_commands, style="bold cyan"), Text()]
-    return Group(*parts)
+    return Constrain(Group(*parts), WIDTH)
 
 
 def _rule(title: str) -> RenderableType:
