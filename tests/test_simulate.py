@@ -300,6 +300,88 @@ def test_response_genes_are_the_published_ones(shared: Path) -> None:
         np.testing.assert_allclose(ours, log2fc.reindex(key).to_numpy(), atol=0.051)
 
 
+# -- a table of measured effects ----------------------------------------------------------------
+def write_effects(folder: Path, **changes: object) -> SimulateConfig:
+    """Two hundred genes, G0 to G199; G7 rises threefold under GW3965 in neurons."""
+    rows = [
+        {"gene": f"G{g}", "celltype": c, "condition": "RET_AGONIST", "log2FC": 0.5, "logCPM": 5.0}
+        for g in range(200)
+        for c in ("Neurons", "Progenitors")
+    ]
+    rows += [
+        {"gene": "G7", "celltype": "Neurons", "condition": "LIVER-X_AGONIST", "log2FC": 3.0,
+         "logCPM": 9.0}
+    ]  # fmt: skip
+    pd.DataFrame(rows).assign(**changes).to_csv(folder / "effects.csv", index=False)
+    names = pd.Series({f"G{g}": f"ENSG{g + 1:011d}" for g in range(190)})
+    names.to_json(folder / "names.json")
+    return SimulateConfig(
+        cells=90,
+        genes=150,
+        pool_cells=0,
+        effects=str(folder / "effects.csv"),
+        effects_names=str(folder / "names.json"),
+    )
+
+
+def test_a_table_of_effects_replaces_what_would_be_drawn(tmp_path: Path) -> None:
+    atlas = simulate(write_effects(tmp_path), seed=0)
+    law, scale = atlas.law, law_room.SCALE["easy"] * np.log(2)
+    g = law.symbols.index("G7")
+    effect = law.effect[law.exposures.index("LIVER-X_AGONIST")] / scale
+    assert effect[:, g] == pytest.approx([3.0, 0.0])
+    assert np.count_nonzero(effect) == 1
+    assert law.gene_ids[g] == "ENSG00000000008"
+    assert not set(law.symbols) & {f"G{i}" for i in range(190, 200)}  # no id, no gene
+    assert atlas.cells.shape == (90, 150)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"condition": "BPA"}, "BPA"),
+        ({"celltype": "Astrocytes"}, "Astrocytes"),
+        ({"log2FC": "high"}, "finite"),
+        ({"gene": "G1"}, "1 with an id"),
+    ],
+)
+def test_a_table_of_effects_that_makes_no_sense_is_refused(
+    tmp_path: Path, changes: dict[str, object], says: str
+) -> None:
+    with pytest.raises(Refusal, match=says):
+        law_of(write_effects(tmp_path, **changes), seed=0)
+
+
+def test_a_table_of_effects_needs_its_files_and_columns(tmp_path: Path) -> None:
+    config = write_effects(tmp_path)
+    for change, says in (
+        ({"effects": str(tmp_path / "none.csv")}, "none.csv"),
+        ({"effects": str(tmp_path / "names.json")}, "without gene"),
+        ({"effects_names": ""}, "gene_id"),
+        ({"effects_names": str(tmp_path / "effects.csv")}, "JSON"),
+    ):
+        with pytest.raises(Refusal, match=says):
+            law_of(config.model_copy(update=change), seed=0)
+
+
+def test_the_published_effects_give_real_genes_and_a_law(shared: Path) -> None:
+    config = SimulateConfig(
+        genes=2000,
+        effects=str(shared / "data/noha_sc_edgeR_effects_FDR05.csv.gz"),
+        effects_names=str(shared / "data/geneformer/gene_name_id_dict_gc104M.json"),
+    )
+    law = law_of(config, seed=0)
+    assert all(gene.startswith("ENSG0") for gene in law.gene_ids)
+    published = pd.read_csv(config.effects)
+    published = published[published["condition"] == "RET_AGONIST"]
+    log2fc = published.set_index(["celltype", "gene"])["log2FC"]
+    scale = law_room.SCALE["easy"] * np.log(2)
+    ours = law.effect[law.exposures.index("RET_AGONIST")] / scale
+    for t, cell_type in enumerate(law_room.CELL_TYPES):
+        theirs = log2fc[cell_type].reindex(law.symbols).fillna(0.0)
+        np.testing.assert_allclose(ours[t], theirs, atol=1e-9)
+
+
 # -- confounding --------------------------------------------------------------------------------
 def test_without_confounding_every_run_holds_every_exposure(small: Atlas) -> None:
     obs = small.cells.obs
@@ -570,6 +652,8 @@ def test_saving_a_part_that_is_not_there_is_refused(tmp_path: Path) -> None:
         ({"difficulty": "trivial"}, "'easy', 'middle' or 'hard'"),
         ({"as_published": True, "lines": 3}, "2 lines x 3 replicates"),
         ({"as_published": True, "confounding": "partial"}, "confounding: complete"),
+        ({"effects": "a.csv", "responses": "textbook"}, "never mix"),
+        ({"effects_names": "a.json"}, "give both"),
         ({"cels": 90}, "fields here are"),
     ],
 )

@@ -177,8 +177,12 @@ def _draw_part(
     if part != "cells":
         obs = obs.drop(columns="condition")
     var = pd.DataFrame({"gene_ids": list(law.gene_ids)}, index=pd.Index(law.symbols))
-    described = {"source": SOURCE, "config": config.model_dump_json(), "seed": seed, "part": part}
+    # file names, not paths: the same atlas has the same bytes wherever its files stand
+    names = {name: Path(getattr(config, name)).name for name in ("effects", "effects_names")}
+    values = config.model_copy(update=names).model_dump_json()
+    described = {"source": SOURCE, "config": values, "seed": seed, "part": part}
     cells = AnnData(X=counts, obs=obs.astype("category"), var=var, uns={"simulated": described})
+    cells.var_names_make_unique()  # as in the source; a table of effects may repeat a symbol
     known = plan[["exposure", "line", "replicate", "run", "cell_type"]].set_index(ids)
     known.insert(0, "part", part)
     return cells, known.assign(library=library)

@@ -29,6 +29,10 @@ class SimulateConfig(Config):
     as_published: bool = False  # the source's runs (confounding: complete) and its flaws
     difficulty: Literal["easy", "middle", "hard"] = "easy"  # scale of every effect, see `law`
     responses: Literal["measured", "textbook"] = "measured"  # which named genes answer
+    effects: str = ""  # path of a CSV of measured effects that replaces all drawn ones; "": none
+    effects_names: str = (
+        ""  # path of a JSON of symbol: Ensembl id, where that CSV has symbols only
+    )
     pool_cells: CountOrNone = 3000  # unlabelled cells for vocabulary and pre-training; 0: none
     pool_units: PositiveInt = 4  # units of the pool, each a line of its own
     new_cells: CountOrNone = 0  # unlabelled cells of new units, to be scored; 0: none
@@ -39,6 +43,14 @@ class SimulateConfig(Config):
     line_sd: Spread = 0.15  # line effect per gene, sd of the natural log
     replicate_sd: Spread = 0.15  # effect of one culture per gene, sd of the natural log
     run_sd: Spread = 0.15  # run effect per gene, sd of the natural log
+
+    @model_validator(mode="after")
+    def _one_source_of_effects(self) -> Self:
+        if self.effects and self.responses == "textbook":
+            raise ValueError("textbook responses never mix with measured effects")
+        if self.effects_names and not self.effects:
+            raise ValueError("effects_names says what the genes of effects are: give both")
+        return self
 
     @model_validator(mode="after")
     def _the_source_has_one_design(self) -> Self:
