@@ -38,6 +38,11 @@ class Keys(Config):
     technical_fold: str | None = None  # folds by this column where unit_keys is []
     split_key: str | None = None  # an explicit split; it overrides everything
 
+    @property
+    def control_label(self) -> str:
+        """The control as curated cells spell it."""
+        return canonical(self.control, self.aliases) or self.control
+
 
 def annotate(obs: pd.DataFrame, keys: Keys, *, labelled: bool, flag: pd.Series) -> pd.DataFrame:
     """Return exposure, unit, line, batch, sample and cell type of each cell, as plain text.
@@ -128,11 +133,11 @@ def _units(obs: pd.DataFrame, keys: Keys, *, must: bool) -> tuple[Array, Array]:
     for part in parts[1:]:
         joined = joined + "|" + part.fillna(UNKNOWN)
     if keys.unit_pattern is not None:
-        joined = _extract(joined, keys.unit_pattern)
+        joined = _extract(joined, keys.unit_pattern, must=must)
     return joined.to_numpy(dtype=object), is_pooled
 
 
-def _extract(joined: pd.Series, pattern: str) -> pd.Series:
+def _extract(joined: pd.Series, pattern: str, *, must: bool) -> pd.Series:
     rule = "unit_pattern is a regular expression whose groups are the unit"
     try:
         compiled = re.compile(pattern)
@@ -147,6 +152,9 @@ def _extract(joined: pd.Series, pattern: str) -> pd.Series:
             continue
         match = compiled.search(value)
         if match is None or any(group is None for group in match.groups()):
+            if not must:  # new cells may be named otherwise
+                units[value] = value
+                continue
             raise Refusal(rule, f"{value!r}, which {pattern!r} does not match", "mend the pattern")
         units[value] = "|".join(match.groups())
     return joined.map(units)

@@ -36,7 +36,6 @@ from endoprint.curated import (
     write,
 )
 from endoprint.genes import Panel, name_genes, read_symbol_map
-from endoprint.labels import canonical
 
 __all__ = [
     "CellsConfig",
@@ -317,7 +316,7 @@ def _refuse_no_question(obs: pd.DataFrame, config: CellsConfig) -> None:
             f"only {exposures[0]}",
             f"check exposure_key ({config.exposure_key!r})",
         )
-    control = canonical(config.control, config.aliases) or config.control
+    control = config.control_label
     if control not in exposures:
         raise Refusal(
             "the control is among the exposures",
@@ -346,7 +345,7 @@ def _identity(
 ) -> dict[str, Any]:
     """Return the plain values every later room may ask curated cells for."""
     return {
-        "control": canonical(config.control, config.aliases) or config.control,
+        "control": config.control_label,
         "is_labelled": labelled,
         "fingerprint": fingerprint(cells),
         "gene_ids": report.gene_ids,

@@ -48,27 +48,24 @@ LIBRARY_SIZE = re.compile(
 
 
 @dataclass
-class Proposal:
-    """Values for a workspace's params.yaml, and sentences on what to check in them."""
+class _Proposal:
+    """What is gathered while looking at a file."""
 
     task: str
     cells: dict[str, Any] = field(default_factory=dict)
-    design: dict[str, Any] = field(default_factory=dict)
     checks: list[str] = field(default_factory=list)
 
-    def params(self) -> dict[str, Any]:
-        """Return the sections to write into params.yaml."""
-        return {"task": self.task, "cells": self.cells, "design": self.design}
 
+def propose(path: str | Path) -> tuple[dict[str, Any], list[str]]:
+    """Look at a file of cells; return sections for params.yaml and sentences on what to check.
 
-def propose(path: str | Path) -> Proposal:
-    """Look at a file of cells and propose what its columns mean, saying what to check.
+    The sections are `task` (a suggested name), `cells` and `design`.
 
     Raises Refusal where there are no raw counts or nothing that could be an exposure.
     """
     path = Path(path)
     obs = sources.read_obs(path)
-    proposal = Proposal(task=_slug(path.stem), cells={"source": str(path)})
+    proposal = _Proposal(task=_slug(path.stem), cells={"source": str(path)})
     block = _counts(path, proposal)
     _genes(block.var, proposal)
     columns = {str(name): text(obs[name]) for name in obs.columns}
@@ -77,12 +74,15 @@ def propose(path: str | Path) -> Proposal:
     _batch(columns, exposure, proposal, has_units=has_units)
     _cell_type(columns, proposal)
     _library_size(block, proposal)
-    proposal.design = {"scheme": "unit"}
-    return proposal
+    return {
+        "task": proposal.task,
+        "cells": proposal.cells,
+        "design": {"scheme": "unit"},
+    }, proposal.checks
 
 
 # -- counts and genes ---------------------------------------------------------------------------
-def _counts(path: Path, proposal: Proposal) -> AnnData:
+def _counts(path: Path, proposal: _Proposal) -> AnnData:
     """Find the matrix that holds raw counts; return its first cells."""
     tried: list[str] = []
     for layer in sorted(sources.layers(path), key=_likely_counts):
@@ -109,7 +109,7 @@ def _likely_counts(layer: str | None) -> tuple[bool, bool, str]:
     return layer is not None, "count" not in (layer or ""), layer or ""
 
 
-def _genes(var: pd.DataFrame, proposal: Proposal) -> None:
+def _genes(var: pd.DataFrame, proposal: _Proposal) -> None:
     names = {None: pd.Series(var.index)} | {str(key): var[key] for key in var.columns}
     for key, values in names.items():
         if values.astype(str).map(lambda name: HUMAN.match(name) is not None).mean() > 0.9:
@@ -124,7 +124,7 @@ def _genes(var: pd.DataFrame, proposal: Proposal) -> None:
 
 
 # -- exposure -----------------------------------------------------------------------------------
-def _exposure(columns: dict[str, pd.Series], proposal: Proposal) -> pd.Series:
+def _exposure(columns: dict[str, pd.Series], proposal: _Proposal) -> pd.Series:
     scored = {name: _reads_as_exposure(name, values) for name, values in columns.items()}
     best = max(scored, key=lambda name: scored[name], default=None)
     if best is None or scored[best] <= 0:
@@ -198,7 +198,7 @@ def _refines(fine: pd.Series, coarse: pd.Series) -> bool:
 
 
 # -- units and batches --------------------------------------------------------------------------
-def _units(columns: dict[str, pd.Series], exposure: pd.Series, proposal: Proposal) -> bool:
+def _units(columns: dict[str, pd.Series], exposure: pd.Series, proposal: _Proposal) -> bool:
     line, replicate = _named(columns, LINE), _named(columns, REPLICATE)
     if line is not None and columns[line].nunique() > 1:
         proposal.cells["line_key"] = line
@@ -234,7 +234,7 @@ def _units(columns: dict[str, pd.Series], exposure: pd.Series, proposal: Proposa
 
 
 def _units_from_samples(
-    columns: dict[str, pd.Series], exposure: pd.Series, proposal: Proposal
+    columns: dict[str, pd.Series], exposure: pd.Series, proposal: _Proposal
 ) -> bool:
     """Find units in sample names, such as donor 101 in ctrl101 and stim101."""
     sample = _named(columns, SAMPLE)
@@ -276,7 +276,7 @@ def _pattern(values: pd.Series, exposure: pd.Series) -> str | None:
 
 
 def _batch(
-    columns: dict[str, pd.Series], exposure: pd.Series, proposal: Proposal, *, has_units: bool
+    columns: dict[str, pd.Series], exposure: pd.Series, proposal: _Proposal, *, has_units: bool
 ) -> None:
     batch = _named(columns, BATCH + ("plate",))
     taken = [*proposal.cells["unit_keys"], proposal.cells.get("technical_fold")]
@@ -311,13 +311,13 @@ def _folds(values: pd.Series | None, exposure: pd.Series) -> bool:
 
 
 # -- the rest -----------------------------------------------------------------------------------
-def _cell_type(columns: dict[str, pd.Series], proposal: Proposal) -> None:
+def _cell_type(columns: dict[str, pd.Series], proposal: _Proposal) -> None:
     found = _named(columns, CELL_TYPE)
     if found is not None:
         proposal.cells["cell_type_key"] = found
 
 
-def _library_size(block: AnnData, proposal: Proposal) -> None:
+def _library_size(block: AnnData, proposal: _Proposal) -> None:
     counted = sums(block.X)
     for name in block.obs.columns:
         if not LIBRARY_SIZE.match(str(name)):
