@@ -10,20 +10,18 @@ from __future__ import annotations
 import json
 import math
 import statistics
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from anndata import AnnData
 
-from endoprint import gates, history, registry, tracking
+from endoprint import gates, history, metrics, registry, tracking
 from endoprint.config import Refusal
 from endoprint.curated import load
 from endoprint.design import Split
 from endoprint.gates import Design, Evidence, Policy, Verdict
-from endoprint.judge import judge_fitted
-from endoprint.lineage import hash_of
+from endoprint.lineage import hash_of, metered
 from endoprint.model import ExposureModel
 from endoprint.model import load as load_model
 from endoprint.registry import CANDIDATE, Version
@@ -242,23 +240,22 @@ def openings(workspace: Workspace, split_hash: str) -> int:
 # -- the test units -----------------------------------------------------------------------------
 def _judged(contender: Contender, held_out: AnnData, policy: Policy) -> Evidence:
     """Score a model on the test cells and say how good and how dear it was."""
-    judgement = judge_fitted(contender.model, held_out)
-    name = "score_seconds_per_1000_cells"
-    first = judgement.metrics[name]
-    timings = [first]
-    if first * held_out.n_obs / 1000 < SLOW_SECONDS:
-        timings += [_seconds_per_1000(contender.model, held_out) for _ in range(TIMINGS - 1)]
-    figures = {**judgement.metrics, name: statistics.median(timings)}
-    each = judgement.by_unit[policy.must_beat_champion.metric]
-    by_unit = {str(unit): float(value) for unit, value in each.items()}
+    truth, unit = held_out.obs["exposure"].astype(str), held_out.obs["unit"].astype(str)
+    with metered() as meter:
+        probabilities = contender.model.predict_proba(held_out)
+    seconds = [meter.cost.wall_seconds]
+    while len(seconds) < TIMINGS and seconds[0] < SLOW_SECONDS:
+        with metered() as again:
+            contender.model.predict_proba(held_out)
+        seconds.append(again.cost.wall_seconds)
+    figures = {
+        **metrics.summary(probabilities, truth, unit),
+        "score_seconds_per_1000_cells": 1000 * statistics.median(seconds) / int(held_out.n_obs),
+        "peak_memory_gib": meter.cost.peak_memory_gib,
+    }
+    each = metrics.by_unit(probabilities, truth, unit)[policy.must_beat_champion.metric]
+    by_unit = {str(name): float(value) for name, value in each.items()}
     return replace(contender.evidence, metrics=figures, by_unit=by_unit)
-
-
-def _seconds_per_1000(model: ExposureModel, cells: AnnData) -> float:
-    began = time.perf_counter()
-    model.predict_proba(cells)
-    seconds = time.perf_counter() - began
-    return 1000 * seconds / int(cells.n_obs)
 
 
 # -- the record ---------------------------------------------------------------------------------

@@ -1,0 +1,526 @@
+"""Versions go live by a decision that is recorded, and nothing unchecked is ever loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+
+from conftest import planted_cells
+from endoprint import artefact, curated, history, promotion, registry, tracking
+from endoprint.config import Refusal
+from endoprint.design import Split
+from endoprint.models.logistic import Logistic, LogisticConfig
+from endoprint.promotion import Promotion, promote
+from endoprint.registry import (
+    champion,
+    fetch,
+    find,
+    load_version,
+    register,
+    resolve,
+    retire,
+    rollback,
+)
+from endoprint.workspace import Workspace
+from lab import POLICY, fit_and_track, furnish
+
+
+def weak() -> Logistic:
+    """A model too strongly penalised to say much."""
+    return Logistic(LogisticConfig(penalty=50.0, latent_width=4))
+
+
+def artefact_of(space: Workspace, run_id: str) -> Path:
+    model_id = tracking.client(space).get_run(run_id).data.tags["model_id"]
+    return space.local / "artifacts/models" / model_id / "artifacts"
+
+
+# -- registering --------------------------------------------------------------------------------
+def test_a_registered_run_is_the_candidate_and_carries_its_lineage(lab: Workspace) -> None:
+    run_id = fit_and_track(lab)
+    version = register(lab, run_id)
+    assert find(lab, "candidate") == version
+    assert (version.name, version.version, version.run_id) == ("endoprint-toy", "1", run_id)
+    assert version.exposures == ("DMSO", "LIVER-X_AGONIST", "RET_AGONIST")
+    assert version.tags["split_hash"] == Split.read(lab.split).hash
+    assert json.loads(version.tags["lineage"])["model"] == "logistic"
+    assert version.sha256 == artefact.digest(artefact_of(lab, run_id) / artefact.MODEL)
+
+
+def test_registering_a_run_again_gives_the_same_version(lab: Workspace) -> None:
+    first, other = fit_and_track(lab), fit_and_track(lab, model=weak())
+    version = register(lab, first)
+    assert register(lab, other).version == "2"
+    again = register(lab, first)
+    assert again.version == version.version
+    assert find(lab, "candidate").version == "1"
+    assert len(registry.versions(lab)) == 2
+
+
+def test_only_a_finished_run_with_a_model_is_registered(lab: Workspace) -> None:
+    with tracking.run(lab, name="no model", kind="train") as run:
+        pass
+    with pytest.raises(Refusal, match="without model_id"):
+        register(lab, run.run_id)
+    with pytest.raises(Refusal, match="no run nonesuch"):
+        register(lab, "nonesuch")
+
+
+# -- loading ------------------------------------------------------------------------------------
+def test_a_version_resolves_to_the_model_that_was_fitted(lab: Workspace) -> None:
+    cells = curated.load(lab.cells)
+    model = Logistic(LogisticConfig(penalty=0.1, latent_width=4))
+    version = register(lab, fit_and_track(lab, model=model))
+    for uri in ("candidate", "@candidate", "1", version.uri, "models:/endoprint-toy@candidate"):
+        found, loaded = load_version(lab, uri)
+        assert found.version == "1"
+        pd.testing.assert_frame_equal(loaded.predict_proba(cells), model.predict_proba(cells))
+
+
+def test_mlflow_alone_loads_and_predicts_with_pickle_switched_off(
+    lab: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    model = Logistic(LogisticConfig(penalty=0.1, latent_width=4))
+    register(lab, fit_and_track(lab, model=model))
+    promote(lab)
+    cells = curated.load(lab.cells)[:7].copy()
+    frame = pd.DataFrame(cells.X.toarray(), index=cells.obs_names, columns=cells.var_names)
+    with tracking.ambient(lab):
+        loaded = mlflow.pyfunc.load_model("models:/endoprint-toy@champion")
+    answer = loaded.predict(frame)
+    assert list(answer.index) == list(cells.obs_names)
+    pd.testing.assert_frame_equal(answer, model.predict_proba(cells), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "champion",
+        "9",
+        "models:/endoprint-other@champion",
+        "runs:/abc/model",
+        "../etc",
+        "",
+        "models:/a/b/c",
+    ],
+)
+def test_an_address_that_leads_nowhere_is_one_line(lab: Workspace, uri: str) -> None:
+    register(lab, fit_and_track(lab))
+    with pytest.raises(Refusal) as refusal:
+        resolve(lab, uri)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_copy_changed_here_is_fetched_anew(lab: Workspace) -> None:
+    version = register(lab, fit_and_track(lab))
+    _, folder = resolve(lab, "candidate")
+    (folder / "model.json").write_text("{}")
+    _, folder = resolve(lab, "candidate")
+    assert artefact.digest(folder) == version.sha256
+
+
+# -- tampering ----------------------------------------------------------------------------------
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def swap_weights(place: Path) -> None:
+    weights = place / "data/model/model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+
+
+def link_weights(place: Path) -> None:
+    weights = place / "data/model/model.safetensors"
+    moved = place.parent / "elsewhere.safetensors"
+    shutil.move(weights, moved)
+    weights.symlink_to(moved)
+
+
+TAMPERINGS = {
+    "swapped weights": swap_weights,
+    "truncated weights": lambda p: (p / "data/model/model.safetensors").write_bytes(b"\x00" * 8),
+    "edited values": lambda p: edit(p / "data/model/model.json", "DMSO", "DMS0"),
+    "weights gone": lambda p: (p / "data/model/model.safetensors").unlink(),
+    "a file more": lambda p: (p / "data/model/extra.json").write_text("{}"),
+    "a pickle": lambda p: (p / "data/model/model.pkl").write_bytes(b"\x80\x04."),
+    "a torch file": lambda p: (p / "data/model/weights.pt").write_bytes(b"PK"),
+    "a script beside": lambda p: (p / "loader.py").write_text("raise SystemExit\n"),
+    "a script in data": lambda p: (p / "data/model/endoprint.py").write_text(""),
+    "a code folder": lambda p: (p / "code").mkdir() or (p / "code/a.json").write_text("{}"),
+    "another loader": lambda p: edit(p / "MLmodel", "endoprint.model", "os"),
+    "code paths": lambda p: edit(p / "MLmodel", "code: null", "code: code"),
+    "a second flavour": lambda p: edit(p / "MLmodel", "flavors:\n", "flavors:\n  sklearn: {}\n"),
+    "another data path": lambda p: edit(p / "MLmodel", "data: data/model", "data: /etc"),
+    "a python model": lambda p: edit(
+        p / "MLmodel", "code: null", "code: null\n    python_model: x"
+    ),
+    "yaml that builds objects": lambda p: (p / "MLmodel").write_text(
+        "!!python/object/apply:os.abort []"
+    ),
+    "no description": lambda p: (p / "MLmodel").unlink(),
+    "description not text": lambda p: (p / "MLmodel").write_bytes(b"\xff\xfe\x00"),
+    "oversized description": lambda p: (p / "conda.yaml").write_text("#" * 2_000_000),
+}
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """One logged artefact that passes every check, and its digest."""
+    from lab import bare_workspace
+
+    space = furnish(bare_workspace(tmp_path_factory.mktemp("sound") / "space"), planted_cells())
+    run_id = fit_and_track(space)
+    place = artefact_of(space, run_id)
+    return place, artefact.digest(place / artefact.MODEL)
+
+
+def test_an_artefact_as_logged_is_sound(sound: tuple[Path, str]) -> None:
+    place, sha256 = sound
+    assert artefact.check(place, sha256=sha256) == place / "data/model"
+
+
+@pytest.mark.parametrize("name", TAMPERINGS)
+def test_a_tampered_artefact_is_refused_before_anything_of_it_runs(
+    sound: tuple[Path, str], tmp_path: Path, name: str
+) -> None:
+    place = tmp_path / "artefact"
+    shutil.copytree(sound[0], place)
+    TAMPERINGS[name](place)
+    with pytest.raises(Refusal) as refusal:
+        artefact.check(place, sha256=sound[1])
+    assert "\n" not in str(refusal.value)
+
+
+def test_links_inside_an_artefact_are_refused(sound: tuple[Path, str], tmp_path: Path) -> None:
+    place = tmp_path / "artefact"
+    shutil.copytree(sound[0], place)
+    link_weights(place)
+    with pytest.raises(Refusal, match=r"model\.safetensors"):
+        artefact.check(place, sha256=sound[1])
+
+
+def test_weights_swapped_in_the_store_are_refused_and_leave_nothing_here(lab: Workspace) -> None:
+    run_id = fit_and_track(lab)
+    version = register(lab, run_id)
+    swap_weights(artefact_of(lab, run_id))
+    with pytest.raises(Refusal, match="those that were registered"):
+        resolve(lab, "candidate")
+    left = [each for each in (lab.local / "models").iterdir() if each.is_dir()]
+    assert left == []
+    with pytest.raises(Refusal, match="carries its sha256"):
+        fetch(lab, version.uri, sha256="../../x")
+
+
+# -- promoting ----------------------------------------------------------------------------------
+def two_versions(space: Workspace) -> tuple[Promotion, Promotion]:
+    """A weak champion, then a better candidate."""
+    register(space, fit_and_track(space, model=weak()))
+    first = promote(space)
+    register(space, fit_and_track(space))
+    return first, promote(space)
+
+
+def test_the_first_version_that_passes_is_champion_and_the_better_one_replaces_it(
+    lab: Workspace,
+) -> None:
+    first, second = two_versions(lab)
+    assert (first.verdict.decision, second.verdict.decision) == ("promote", "promote")
+    assert champion(lab) is not None
+    assert champion(lab).version == "2"
+    assert find(lab, "previous").version == "1"
+    tags = find(lab, "2").tags
+    assert tags["verdict"] == "promote"
+    assert "version 2 (logistic) against version 1 (logistic)" in tags["reasons"]
+    assert tags["allow_few_units"] == "true"
+    flips = [line for line in history.read(lab) if line["what"] == "done"]
+    assert [(line["from"], line["to"]) for line in flips] == [(None, "1"), ("1", "2")]
+    assert registry.verify(lab) == []
+
+
+def test_a_worse_candidate_leaves_the_champion_and_says_why(lab: Workspace) -> None:
+    register(lab, fit_and_track(lab))
+    promote(lab)
+    register(lab, fit_and_track(lab, model=weak()))
+    found = promote(lab)
+    assert found.verdict.decision in ("hold", "reject")
+    assert champion(lab).version == "1"
+    assert find(lab, "2").tags["verdict"] == found.verdict.decision
+    assert found.to_json()["champion"] == "1"
+
+
+def test_figures_are_those_of_the_test_units_scored_anew(lab: Workspace) -> None:
+    model = Logistic(LogisticConfig(penalty=0.1, latent_width=4))
+    register(lab, fit_and_track(lab, model=model))
+    found = promote(lab)
+    cells, split = curated.load(lab.cells), Split.read(lab.split)
+    figures = found.figures["version 1 (logistic)"]
+    assert sorted(figures["by_unit"]) == sorted(split.test)
+    for unit, figure in figures["by_unit"].items():
+        mine = cells[(cells.obs["unit"] == unit).to_numpy()].copy()
+        truth = mine.obs["exposure"].to_numpy(dtype=object)
+        calls = model.predict_proba(mine).idxmax(axis=1).to_numpy(dtype=object)
+        f1 = [
+            2 * ((truth == e) & (calls == e)).sum() / ((truth == e).sum() + (calls == e).sum())
+            for e in model.exposures
+        ]
+        assert figure == pytest.approx(np.mean(f1))
+
+
+def test_each_opening_is_counted_and_a_decision_is_not_made_twice(lab: Workspace) -> None:
+    register(lab, fit_and_track(lab))
+    lab.policy.write_text(POLICY + "at_least: {macro_f1: 1.0, worst_unit_macro_f1: 1.0}\n")
+    split_hash = Split.read(lab.split).hash
+    first = promote(lab)
+    assert first.was_opened
+    assert promotion.openings(lab, split_hash) == 1
+    again = promote(lab)
+    assert not again.was_opened
+    assert again.verdict == first.verdict
+    assert again.figures == first.figures
+    assert promotion.openings(lab, split_hash) == 1
+    lab.policy.write_text(POLICY + "budget: 1\n")  # other rules are another decision
+    held = promote(lab)
+    assert (held.verdict.decision, held.was_opened) == ("hold", False)
+    assert "budget is spent" in held.verdict.reasons[0]
+
+
+def test_promoting_the_champion_again_changes_nothing(lab: Workspace) -> None:
+    register(lab, fit_and_track(lab))
+    promote(lab)
+    before = history.read(lab)
+    again = promote(lab)
+    assert (again.verdict.decision, again.was_opened) == ("promote", False)
+    assert history.read(lab) == before
+
+
+def test_a_model_fitted_on_a_test_unit_is_rejected_unopened(lab: Workspace) -> None:
+    n_cells = curated.load(lab.cells).n_obs
+    register(lab, fit_and_track(lab, train=range(0, n_cells, 2), valid=range(1, n_cells, 2)))
+    found = promote(lab)
+    assert (found.verdict.decision, found.was_opened) == ("reject", False)
+    assert "fitted on test units" in found.verdict.reasons[0]
+    assert promotion.openings(lab, Split.read(lab.split).hash) == 0
+
+
+def test_a_backbone_that_saw_a_test_unit_is_rejected_unopened(lab: Workspace) -> None:
+    model = weak()
+    model.provenance["backbone"] = {
+        "label": "pre-trained here",
+        "units": Split.read(lab.split).test,
+    }
+    register(lab, fit_and_track(lab, model=model))
+    found = promote(lab)
+    assert (found.verdict.decision, found.was_opened) == ("reject", False)
+
+
+def test_an_unreplicated_workspace_holds_unopened(lab: Workspace) -> None:
+    told = json.loads(lab.audit.read_text())
+    lab.audit.write_text(json.dumps({**told, "replicated": False}))
+    register(lab, fit_and_track(lab))
+    found = promote(lab)
+    assert (found.verdict.decision, found.was_opened) == ("hold", False)
+    assert found.verdict.reasons[0].startswith("replicated: false")
+
+
+def test_two_test_units_hold_unless_the_policy_allows_so_few(lab: Workspace) -> None:
+    lab.policy.write_text("budget: 5\n")
+    register(lab, fit_and_track(lab))
+    found = promote(lab)
+    assert (found.verdict.decision, found.was_opened) == ("hold", False)
+    assert found.verdict.reasons == ["too few units: 2 of 5"]
+
+
+def test_a_baseline_is_taken_from_its_newest_training_run(lab: Workspace) -> None:
+    lab.policy.write_text(POLICY + "must_beat: logistic\n")
+    fit_and_track(lab)
+    register(lab, fit_and_track(lab, model=Costly()))
+    found = promote(lab)
+    assert found.verdict.decision == "reject"
+    assert "version 1 (costly) against logistic (baseline)" in found.verdict.reasons[0]
+    assert set(found.figures) == {"version 1 (costly)", "logistic (baseline)"}
+
+
+class Costly(Logistic):
+    """The same model, too strongly penalised, and larger."""
+
+    name = "costly"
+
+    def __init__(self, *arguments: object, **named: object) -> None:
+        super().__init__(LogisticConfig(penalty=50.0, latent_width=4))
+
+    def n_parameters(self) -> int:
+        return super().n_parameters() * 10
+
+
+@pytest.fixture(autouse=True)
+def costly_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    from endoprint.model import TABLE, Row
+
+    row = Row(f"{__name__}:Costly", "a stub", "seconds", "Apache-2.0", "none")
+    monkeypatch.setitem(TABLE, "costly", row)
+
+
+def test_a_champion_of_another_split_is_not_compared_until_retired(lab: Workspace) -> None:
+    register(lab, fit_and_track(lab, model=weak()))
+    promote(lab)
+    cells = curated.load(lab.cells)
+    from endoprint.design import DesignConfig, make_split
+
+    old = Split.read(lab.split).test
+    others = sorted(set(cells.obs["unit"]) - set(old))[:2]
+    make_split(cells.obs, DesignConfig(test_units=others), seed=0).write(lab.split)
+    register(lab, fit_and_track(lab))
+    with pytest.raises(Refusal, match="equal split hash"):
+        promote(lab)
+    retire(lab, why="new split")
+    assert champion(lab) is None
+    assert promote(lab).verdict.decision == "promote"
+    assert champion(lab).version == "2"
+
+
+# -- moving aliases -----------------------------------------------------------------------------
+def test_a_rollback_makes_the_previous_champion_live_again(lab: Workspace) -> None:
+    two_versions(lab)
+    assert rollback(lab).version == "1"
+    assert champion(lab).version == "1"
+    assert find(lab, "previous").version == "2"
+    with pytest.raises(Refusal, match="live already"):
+        rollback(lab, "1")
+    register(lab, fit_and_track(lab, model=weak()))
+    with pytest.raises(Refusal, match="never live"):
+        rollback(lab, "3")
+
+
+def test_a_rollback_to_a_tampered_version_is_refused(lab: Workspace) -> None:
+    first, _ = two_versions(lab)
+    swap_weights(artefact_of(lab, first.version.run_id))
+    shutil.rmtree(lab.local / "models")
+    with pytest.raises(Refusal, match="those that were registered"):
+        rollback(lab)
+    assert champion(lab).version == "2"
+
+
+def test_a_decision_against_another_champion_does_not_move_the_alias(lab: Workspace) -> None:
+    two_versions(lab)
+    with pytest.raises(Refusal, match="against the champion it was made against"):
+        registry.flip(lab, find(lab, "1"), expected=None, why="stale")
+    assert champion(lab).version == "2"
+
+
+@pytest.mark.parametrize("after", ["set_registered_model_alias", "tell"])
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_crash_inside_a_flip_is_closed_by_the_next_promotion(
+    lab: Workspace, monkeypatch: pytest.MonkeyPatch, after: str, call: int
+) -> None:
+    """The process dies after its n-th write; the next command ends where the first would have."""
+    register(lab, fit_and_track(lab, model=weak()))
+    promote(lab)
+    register(lab, fit_and_track(lab))
+    owner = mlflow.MlflowClient if after != "tell" else registry
+    whole, seen = getattr(owner, after), []
+
+    def dies(*arguments: object, **named: object) -> None:
+        whole(*arguments, **named)
+        is_flip = after != "tell" or arguments[1] in ("intent", "done")
+        seen.append(is_flip)
+        if sum(seen) == call:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(owner, after, dies)
+    with pytest.raises(KeyboardInterrupt):
+        promote(lab)
+    monkeypatch.undo()
+    found = promote(lab)
+    assert found.verdict.decision == "promote"
+    assert not found.was_opened
+    assert champion(lab).version == "2"
+    assert find(lab, "previous").version == "1"
+    assert promotion.openings(lab, Split.read(lab.split).hash) == 2
+    closed = [line["what"] for line in history.read(lab) if line["what"] in registry.CLOSES]
+    opened = [line["what"] for line in history.read(lab) if line["what"] in registry.OPENS]
+    assert len(closed) == len(opened)
+    assert registry.verify(lab) == []
+
+
+def test_two_promoters_at_once_make_one_decision(lab: Workspace) -> None:
+    register(lab, fit_and_track(lab))
+    outcomes: list[Promotion] = []
+    threads = [threading.Thread(target=lambda: outcomes.append(promote(lab))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(each.was_opened for each in outcomes) == [False, True]
+    assert len([line for line in history.read(lab) if line["what"] == "done"]) == 1
+
+
+# -- history ------------------------------------------------------------------------------------
+def written(space: Workspace, n: int) -> Path:
+    for number in range(n):
+        history.append(space, "note", {"number": number})
+    return history.path(space)
+
+
+def test_an_untouched_history_verifies(space: Workspace) -> None:
+    assert history.verify(space) == []
+    written(space, 3)
+    assert history.verify(space) == []
+    assert [line["number"] for line in history.read(space)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("change", ["edit", "remove", "swap", "insert"])
+def test_a_history_edited_by_hand_is_found_out(space: Workspace, change: str) -> None:
+    path = written(space, 4)
+    lines = path.read_text().splitlines()
+    if change == "edit":
+        lines[1] = lines[1].replace('"number": 1', '"number": 7')
+    elif change == "remove":
+        del lines[1]
+    elif change == "swap":
+        lines[1], lines[2] = lines[2], lines[1]
+    else:
+        lines.insert(2, lines[1])
+    path.write_text("\n".join(lines) + "\n")
+    assert history.verify(space)
+
+
+def test_a_history_cut_off_at_its_end_is_found_out_by_the_registry(lab: Workspace) -> None:
+    register(lab, fit_and_track(lab))
+    promote(lab)
+    path = history.path(lab)
+    assert registry.verify(lab) == []
+    path.write_text("".join(f"{line}\n" for line in path.read_text().splitlines()[:-1]))
+    assert history.verify(lab) == []
+    assert "missing" in registry.verify(lab)[0]
+
+
+def test_a_line_whose_writer_died_in_it_does_not_stop_the_next(space: Workspace) -> None:
+    path = written(space, 2)
+    with path.open("a") as stream:
+        stream.write('{"n": 3, "wh')
+    assert len(history.read(space)) == 2
+    history.append(space, "note", {"number": 9})
+    assert [line["n"] for line in history.read(space)] == [1, 2, 3]
+    assert history.verify(space) == []
+
+
+def test_many_writers_keep_one_chain(space: Workspace) -> None:
+    threads = [threading.Thread(target=written, args=(space, 5)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(history.read(space)) == 20
+    assert history.verify(space) == []
