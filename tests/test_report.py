@@ -296,7 +296,11 @@ def test_metrics_that_are_nan_are_dashes_and_null():
     assert "nan" not in report.to_text(report.leaderboard(drawn)).lower()
     assert "No model could be judged" in report.sentence(drawn)
     assert_stands_alone(report.leaderboard_page(drawn))
-    assert drawn.to_json()["models"][0]["macro_f1"] is None
+    text = json.dumps(drawn.to_json(), allow_nan=False)
+    assert json.loads(text)["models"][0]["macro_f1"] is None
+    again = report.Board.of(json.loads(text))
+    assert report.to_text(report.leaderboard(again)) == report.to_text(report.leaderboard(drawn))
+    assert_stands_alone(report.leaderboard_page(again))
 
 
 def test_an_empty_leaderboard_is_refused():

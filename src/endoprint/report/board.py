@@ -54,7 +54,8 @@ class Board:
     @property
     def ranked(self) -> pd.DataFrame:
         """The table, best first; what could not be judged stands last."""
-        return self.table.sort_values("macro_f1", ascending=False, kind="stable")
+        table = self.table.assign(macro_f1=self.table["macro_f1"].astype(float))  # null from JSON
+        return table.sort_values("macro_f1", ascending=False, kind="stable")
 
     @property
     def part(self) -> str:

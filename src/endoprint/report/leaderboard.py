@@ -38,7 +38,7 @@ def _three(value: float) -> str:
 # column of the table -> head on the terminal, head on the page, how it is written
 COLUMNS: dict[str, tuple[str, str, Callable[[float], str]]] = {
     "balanced_accuracy": ("bal.\nacc.", "balanced accuracy", _three),
-    "auroc_macro": ("AUROC", "AUROC (macro)", _three),
+    "auroc_macro": ("AUROC", "AUROC", _three),
     "ece": ("ECE", "ECE", _three),
     "worst_unit_macro_f1": ("worst\npart", "worst part", _three),
     "shuffled_macro_f1": ("shuffled\nlabels", "shuffled labels", _three),
@@ -194,7 +194,7 @@ def leaderboard_page(
             blocks += _model_figures(board, model, drawn[model], control)
     f1 = _f1_table(board)
     if f1 is not None:
-        blocks += [page.heading("F1 of every exposure"), page.table(f1)]
+        blocks += [page.heading("F1 of every exposure"), page.table(f1, left=("exposure",))]
     if provenance:
         blocks += [page.heading("What this rests on"), page.facts(provenance)]
     return page.document(f"Leaderboard: {board.task}", blocks)

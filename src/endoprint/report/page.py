@@ -26,7 +26,7 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: #f4f6f8; color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", "Liberation Sans", Arial, sans-serif; }
-main { max-width: 1060px; margin: 24px auto; padding: 36px 44px; background: var(--paper);
+main { max-width: 1120px; margin: 24px auto; padding: 36px 44px; background: var(--paper);
   border: 1px solid var(--line); border-radius: 6px; }
 h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 4px; }
 h2 { font-size: 1.2rem; margin: 40px 0 10px; padding-top: 14px;
@@ -46,8 +46,8 @@ ul.said li { padding: 7px 14px; margin: 5px 0; background: #f4f6f8; border-radiu
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; margin: 10px 0; }
 th { text-align: left; font-weight: 600; color: var(--soft); border-bottom: 2px solid var(--line);
-  padding: 6px 9px; vertical-align: bottom; }
-td { border-bottom: 1px solid var(--line); padding: 6px 9px; vertical-align: top; }
+  padding: 6px 7px; vertical-align: bottom; }
+td { border-bottom: 1px solid var(--line); padding: 6px 7px; vertical-align: top; }
 th.number, td.number { text-align: right; font-variant-numeric: tabular-nums; }
 td.number { white-space: nowrap; }
 tr.first td { background: #eef5fb; font-weight: 600; }
