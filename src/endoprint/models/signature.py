@@ -40,7 +40,7 @@ class SignatureConfig(Config):
     """What the signature score may be told."""
 
     fewest_targets: int = 2  # published targets that must be measured, else the panel is learned
-    learned_genes: Annotated[int, IntDistribution(5, 200)] = 50  # size of a learned panel
+    learned_genes: Annotated[int, IntDistribution(5, 400)] = 100  # size of a learned panel
 
 
 class Signature(ExposureModel):
@@ -52,66 +52,41 @@ class Signature(ExposureModel):
     def _learn(self, train: AnnData, valid: AnnData, watch: Watch, work: Path | None) -> None:
         genes = pd.Index(train.var_names.astype(str))
         values = log_normalised(train, list(genes))
-        exposure = train.obs["exposure"].astype(str)
-        unit = train.obs["unit"].astype(str)
-        mean, variance = moments(values, balanced_weight(exposure, unit))
-        seen = set(genes[variance > 0])
-        known = published_panels()
+        exposure, unit = train.obs["exposure"].astype(str), train.obs["unit"].astype(str)
+        weight = balanced_weight(exposure, unit)
+        mean, variance = moments(values, weight)
+        spread = np.maximum(np.sqrt(variance), RAREST)
+        control = train.uns.get("endoprint", {}).get("control", CONTROL)
+        seen, known = set(genes[variance > 0]), published_panels()
         panels: Panels = {}
         sources: dict[str, dict[str, Any]] = {}
-        for one in self._with_response(train):
+        for one in self.exposures:
+            if one == control:
+                continue
             panel = {gene: w for gene, w in known.get(one, {}).items() if gene in seen}
-            is_published = len(panel) >= max(1, self.config.fewest_targets)
-            if not is_published:
-                panel = self._learned(one, values, genes, exposure, unit, np.sqrt(variance))
+            source = "published targets"
+            if len(panel) < max(1, self.config.fewest_targets):
+                source = "learned from the training cells"
+                is_one, is_other = (exposure == one).to_numpy(), (exposure == control).to_numpy()
+                is_other = is_other if is_other.any() else ~is_one
+                change = _changes(values, weight, unit.to_numpy(), is_one, is_other)
+                panel = _strongest(change, spread, genes, self.config.learned_genes)
             panels[one] = panel
-            source = "published targets" if is_published else "learned from the training cells"
             sources[one] = {"source": source, "n_genes": len(panel), "genes": sorted(panel)}
         self.provenance |= {"panels": sources}
         self._genes = sorted({gene for panel in panels.values() for gene in panel})
         place = genes.get_indexer(pd.Index(self._genes))
-        self._mean = mean[place]
-        self._spread = np.maximum(np.sqrt(variance[place]), RAREST)
+        self._mean, self._spread = mean[place], spread[place]
         self._weights = _as_weights(panels, self._genes)
-        scores = self._scores(train)
+        self._weigh_scores(self._scores(train), exposure)
+
+    def _weigh_scores(self, scores: Array, exposure: pd.Series) -> None:
+        """Turn scores (n, P) into evidence by a balanced regression on the training cells."""
         self._middle = scores.mean(axis=0)
         self._unit_score = np.maximum(scores.std(axis=0), 1e-6)
         column = pd.Index(self.exposures).get_indexer(pd.Index(exposure))
         fitted = next(fit_balanced((scores - self._middle) / self._unit_score, column, [PENALTY]))
         self._coefficients, self._intercept = fitted.coefficients, fitted.intercept
-
-    def _with_response(self, train: AnnData) -> list[str]:
-        """Return the exposures that get a panel: all but the control, where it is known."""
-        control = train.uns.get("endoprint", {}).get("control", CONTROL)
-        return [exposure for exposure in self.exposures if exposure != control]
-
-    def _learned(
-        self,
-        one: str,
-        values: sparse.csr_matrix,
-        genes: pd.Index,
-        exposure: pd.Series,
-        unit: pd.Series,
-        spread: Array,
-    ) -> dict[str, float]:
-        """Return the genes that differ most from the other exposures, averaged over units."""
-        inside = (exposure == one).to_numpy()
-        differences = []
-        for name in sorted(set(unit)):
-            here = (unit == name).to_numpy()
-            if (here & inside).any() and (here & ~inside).any():
-                rest = balanced_weight(exposure[here & ~inside], unit[here & ~inside])
-                differences.append(
-                    moments(values[here & inside])[0] - moments(values[here & ~inside], rest)[0]
-                )
-        if not differences:  # no unit met both: compare across units, which is all there is
-            rest = balanced_weight(exposure[~inside], unit[~inside])
-            differences.append(moments(values[inside])[0] - moments(values[~inside], rest)[0])
-        change = np.mean(differences, axis=0)
-        rank = np.argsort(-np.abs(change) / np.maximum(spread, RAREST), kind="stable")
-        log2_change = np.clip(change / np.log(2.0), -STRONGEST, STRONGEST)
-        best = [i for i in rank[: self.config.learned_genes] if log2_change[i]]
-        return {str(genes[i]): float(log2_change[i]) for i in best}
 
     def _standardised(self, cells: AnnData) -> Array:
         values = log_normalised(cells, self._genes).toarray().astype(np.float64)
@@ -175,6 +150,27 @@ def published_panels() -> Panels:
         str(exposure): {str(gene): float(w) for gene, w in zip(rows["gene_id"], rows["change"])}
         for exposure, rows in usable.groupby("exposure")
     }
+
+
+def _changes(
+    values: sparse.csr_matrix, weight: Array, unit: Array, is_one: Array, is_other: Array
+) -> Array:
+    """Return how much higher log expression is in one group of cells, averaged over units, (G,)."""
+    pairs = [(is_one & (unit == name), is_other & (unit == name)) for name in sorted(set(unit))]
+    pairs = [pair for pair in pairs if pair[0].any() and pair[1].any()]
+    differences = []
+    for pair in pairs or [(is_one, is_other)]:  # no unit met both: across units, all there is
+        one, other = (moments(values[p], weight[p] / weight[p].sum())[0] for p in pair)
+        differences.append(one - other)
+    average: Array = np.mean(differences, axis=0)
+    return average
+
+
+def _strongest(change: Array, spread: Array, genes: pd.Index, n_genes: int) -> dict[str, float]:
+    """Return the genes that change most for their spread, with log2 fold changes held to +-3."""
+    best = np.argsort(-np.abs(change) / spread, kind="stable")[:n_genes]
+    log2_change = np.clip(change / np.log(2.0), -STRONGEST, STRONGEST)
+    return {str(genes[i]): float(log2_change[i]) for i in best if change[i]}
 
 
 def _as_weights(panels: Panels, genes: list[str]) -> Array:

@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from anndata import AnnData
+from scipy import sparse
+from scipy.special import log_softmax, softmax
+from sklearn.linear_model import LogisticRegression
+
+from conftest import planted_cells
+from endoprint.config import Refusal
+from endoprint.curated import log_normalised
+from endoprint.latent import Latent, variable_genes
+from endoprint.linear import fit_balanced
+from endoprint.metrics import recall_by_exposure
+from endoprint.models import logistic
+from endoprint.models.logistic import Logistic, LogisticConfig, evenly_drawn
+
+
+def of_units(cells: AnnData, *units: str) -> AnnData:
+    return cells[cells.obs["unit"].isin(units).to_numpy()].copy()
+
+
+@pytest.fixture(scope="module")
+def cells() -> AnnData:
+    return planted_cells(n_units=5, n_cells=20)
+
+
+@pytest.fixture(scope="module")
+def parts(cells):
+    return of_units(cells, "u0", "u1", "u2"), of_units(cells, "u3"), of_units(cells, "u4")
+
+
+def test_evidence_is_scikit_learns_own_decision(parts):
+    train, valid, unseen = parts
+    model = Logistic(LogisticConfig(penalty=0.1)).fit(train, valid)
+    plain = LogisticRegression(
+        C=1 / (0.1 * train.n_obs), class_weight="balanced", tol=1e-8, max_iter=5000
+    ).fit(log_normalised(train, list(train.var_names)), train.obs["exposure"])
+    wanted = plain.decision_function(log_normalised(unseen, list(train.var_names)))
+    found = softmax(model.evidence(unseen), axis=1)
+    assert found == pytest.approx(softmax(wanted, axis=1), abs=0.005)
+
+
+def test_sparse_and_dense_fits_agree(parts, monkeypatch):
+    train, valid, unseen = parts
+    dense = Logistic(LogisticConfig(penalty=0.1)).fit(train, valid).predict_proba(unseen)
+    monkeypatch.setattr(logistic, "DENSE_LIMIT", 0)
+    thin = Logistic(LogisticConfig(penalty=0.1)).fit(train, valid).predict_proba(unseen)
+    assert thin.to_numpy() == pytest.approx(dense.to_numpy(), abs=0.01)
+
+
+def test_the_penalty_is_chosen_on_validation_cells(parts):
+    train, valid, _ = parts
+    told = []
+    model = Logistic().fit(train, valid, watch=lambda step, figures: told.append(figures))
+    best = min(told, key=lambda figures: figures["validation_log_loss"])
+    assert model.provenance["penalty"] == best["penalty"]
+    assert [figures["penalty"] for figures in told] == list(logistic.PENALTIES)
+
+
+def test_noise_asks_for_a_stronger_penalty_than_signal():
+    def chosen(fold: float) -> float:
+        made = planted_cells(n_units=5, n_cells=20, fold=fold)
+        model = Logistic().fit(of_units(made, "u0", "u1", "u2"), of_units(made, "u3", "u4"))
+        return float(model.provenance["penalty"])
+
+    assert chosen(1.0) > chosen(4.0)
+
+
+def test_a_penalty_out_of_range_is_refused():
+    with pytest.raises(Refusal, match="penalty must lie in"):
+        LogisticConfig.of({"penalty": -1.0}, where="models.logistic")
+    assert "penalty" in LogisticConfig.search_space()
+    assert LogisticConfig().penalty is None
+
+
+def test_it_fits_without_validation_cells(parts):
+    train, valid, unseen = parts
+    model = Logistic().fit(train, valid[:0].copy())
+    assert model.temperature == 1.0
+    assert np.isfinite(model.predict_proba(unseen).to_numpy()).all()
+
+
+def test_a_crowded_exposure_gains_nothing_from_its_crowd(parts):
+    """Evidence is prior-free: ten times the control cells move no evidence towards control."""
+    made = planted_cells(n_units=5, n_cells=20, fold=2.0)
+    train, valid, unseen = (
+        of_units(made, "u0", "u1", "u2"),
+        of_units(made, "u3"),
+        of_units(made, "u4"),
+    )
+    is_control = (train.obs["exposure"] == "DMSO").to_numpy()
+    rows = np.concatenate([np.arange(train.n_obs), *[np.flatnonzero(is_control)] * 9])
+    crowd = AnnData(
+        X=train.X[rows],
+        obs=train.obs.iloc[rows].set_axis([f"x{i}" for i in range(len(rows))]),
+        var=train.var,
+    )
+    plain, crowded = (
+        Logistic(LogisticConfig(penalty=1.0)).fit(each, valid).evidence(unseen)
+        for each in (train, crowd)
+    )
+    lean = [log_softmax(each, axis=1)[:, 0].mean() for each in (plain, crowded)]
+    assert lean[1] == pytest.approx(lean[0], abs=0.05)
+
+
+def test_an_unmeasured_gene_counts_as_average_not_as_silent(parts):
+    train, valid, unseen = parts
+    model = Logistic(LogisticConfig(penalty=0.1)).fit(train, valid)
+    gone = [gene for i, gene in enumerate(unseen.var_names) if i % 3 == 0]
+    fewer = unseen[:, ~unseen.var_names.isin(gone)].copy()
+    by_hand = log_normalised(unseen, model._genes).toarray().astype(float)
+    by_hand[:, np.isin(model._genes, gone)] = model._mean[np.isin(model._genes, gone)]
+    wide = model._coefficients.astype(float)
+    wanted = (by_hand - model._mean) @ wide.T + model._intercept
+    assert model.evidence(fewer) == pytest.approx(wanted, abs=1e-9)
+
+
+def test_cells_are_drawn_evenly_over_units_and_exposures():
+    made = planted_cells(n_units=3, n_cells=50)
+    crowded = made[np.r_[np.arange(made.n_obs), np.flatnonzero(made.obs["unit"] == "u0")]]
+    drawn = evenly_drawn(crowded, 90, seed=0)
+    assert drawn.n_obs == 90
+    assert (drawn.obs.groupby(["unit", "exposure"]).size() == 10).all()
+    assert evenly_drawn(made, 10_000, seed=0) is made
+
+
+def test_two_exposures_share_the_odds(parts):
+    train = of_units(planted_cells(exposures=("DMSO", "RET_AGONIST"), n_units=4), "u0", "u1")
+    model = Logistic().fit(train, train)
+    assert model.evidence(train).sum(axis=1) == pytest.approx(0.0, abs=1e-6)
+    calls = model.predict_proba(train).idxmax(axis=1)
+    assert (calls == train.obs["exposure"]).mean() > 0.95
+
+
+def test_a_path_of_penalties_ends_where_a_single_fit_would():
+    rng = np.random.default_rng(0)
+    values, truth = rng.normal(size=(200, 5)), rng.integers(0, 3, 200)
+    *_, last = fit_balanced(values, truth, [10.0, 1.0, 0.1])
+    alone = next(fit_balanced(values, truth, [0.1]))
+    assert last.coefficients == pytest.approx(alone.coefficients, abs=1e-2)
+    assert last.has_converged
+
+
+# -- the latent ---------------------------------------------------------------------------------
+def test_the_latent_is_the_singular_value_decomposition(cells):
+    latent = Latent.fit(cells, n_genes=1000, width=5)
+    values = log_normalised(cells, latent.genes).toarray().astype(float)
+    centred = values - values.mean(axis=0)
+    _, singular, axes = np.linalg.svd(centred, full_matrices=False)
+    found = latent.transform(cells)
+    assert np.linalg.norm(found, axis=0) == pytest.approx(singular[:5])
+    assert np.abs(np.sum(latent.components * axes[:5], axis=1)) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("n_kept", [40, 300])
+def test_few_cells_and_many_give_the_same_kind_of_axes(cells, n_kept):
+    latent = Latent.fit(cells[:n_kept].copy(), n_genes=1000, width=6)
+    assert latent.components @ latent.components.T == pytest.approx(np.eye(6), abs=1e-8)
+    twice = Latent.fit(cells[:n_kept].copy(), n_genes=1000, width=6)
+    np.testing.assert_array_equal(twice.components, latent.components)
+
+
+def test_the_distance_from_the_plane_completes_the_distance(cells):
+    latent = Latent.fit(cells, n_genes=1000, width=4)
+    place = latent.with_residual(cells)
+    values = log_normalised(cells, latent.genes).toarray().astype(float) - latent.centre
+    assert (place**2).sum(axis=1) == pytest.approx((values**2).sum(axis=1))
+
+
+def test_variable_genes_are_those_that_vary_more_than_their_like():
+    rng = np.random.default_rng(0)
+    values = rng.poisson(3.0, (400, 60)).astype(np.float32)
+    values[:200, 7] += 9
+    values[:, 11] = 0
+    chosen = variable_genes(sparse.csr_matrix(np.log1p(values)), 10)
+    assert 7 in chosen
+    assert 11 not in chosen
+    assert list(chosen) == sorted(chosen)
+
+
+# -- the real cells -----------------------------------------------------------------------------
+def test_interferon_is_told_on_a_donor_never_seen(shared):
+    from anndata import read_h5ad
+
+    raw = read_h5ad(shared / "data/real/kang_ifnb_muscat_example.h5ad")
+    obs = pd.DataFrame(
+        {
+            "exposure": raw.obs["group_id"].astype(str),
+            "unit": raw.obs["sample_id"].astype(str).str[-3:],
+            "n_counts": np.asarray(raw.X.sum(axis=1)).ravel().astype(float),
+        },
+        index=raw.obs_names,
+    )
+    obs["n_genes"] = np.asarray((raw.X > 0).sum(axis=1)).ravel()
+    var = pd.DataFrame(index=raw.var["ensembl_id"].astype(str))
+    cells = AnnData(X=sparse.csr_matrix(raw.X, dtype=np.float32), obs=obs, var=var)
+    for donor, other in (("101", "107"), ("107", "101")):
+        rest = of_units(cells, other)
+        is_valid = np.arange(rest.n_obs) % 7 == 0
+        model = Logistic().fit(rest[~is_valid].copy(), rest[is_valid].copy())
+        unseen = of_units(cells, donor)
+        calls = model.predict_proba(unseen).idxmax(axis=1)
+        assert recall_by_exposure(unseen.obs["exposure"], calls).mean() > 0.98
