@@ -47,7 +47,7 @@ class Ranker:
         self._lowest = int(np.float64(1.0 / vocabulary.medians.max()).view(np.int64))
         self._median_of_token = np.concatenate([np.zeros(n_specials), vocabulary.medians])
         self._key_of_token = np.zeros(len(vocabulary))
-        self._stretch = 0
+        self._make_room(0)
 
     def rank(self, data: Array, indices: Array, indptr: Array) -> tuple[Array, Array] | None:
         """Return (tokens of all cells int32, tokens per cell int64) of CSR arrays.
@@ -77,14 +77,16 @@ class Ranker:
                 filled, cell = end, cell + 1
         return out[:filled], lengths
 
+    def _make_room(self, n: int) -> None:
+        self._keys_buffer = np.empty(n)
+        self._packed_buffer = np.empty(n, dtype=np.int64)
+        self._tokens_buffer = np.empty(n, dtype=np.int64)
+
     def _pack(self, data: Array, indices: Array) -> bool:
         """Fill `_packed`: ascending order is descending key, then ascending token."""
         n = len(data)
-        if n > self._stretch:
-            self._stretch = max(n, STRETCH)
-            self._keys_buffer = np.empty(self._stretch)
-            self._packed_buffer = np.empty(self._stretch, dtype=np.int64)
-            self._tokens_buffer = np.empty(self._stretch, dtype=np.int64)
+        if n > len(self._keys_buffer):
+            self._make_room(max(n, STRETCH))
         keys, packed = self._keys_buffer[:n], self._packed_buffer[:n]
         tokens = self._tokens_buffer[:n]
         if n and not _are_counts(data, keys):
@@ -224,7 +226,8 @@ class Columns:
         kind = counts.dtype if counts.dtype.kind == "f" else np.dtype(np.float64)
         n_counts = (counts @ np.ones(counts.shape[1], dtype=kind)).astype(np.float64)
         n_inside = counts @ (self.tokens >= 0).astype(kind)
-        share = np.divide(n_inside, n_counts, out=np.zeros(len(n_counts)), where=n_counts > 0)
+        with np.errstate(invalid="ignore"):  # infinite counts: refused where they are ranked
+            share = np.divide(n_inside, n_counts, out=np.zeros(len(n_counts)), where=n_counts > 0)
         merged = counts if self.collapse is None else sparse.csr_matrix(counts @ self.collapse)
         is_seen = sparse.csr_matrix(
             ((merged.data > 0).astype(np.float32), merged.indices, merged.indptr), merged.shape

@@ -135,6 +135,9 @@ class Vocabulary:
         over all genes. The median is exact, over the cells that express the gene, of counts per
         10,000 (Theodoris 2023, Methods; there by t-digest). Special tokens are V2's.
         """
+        specials = SERIES["v2"].specials
+        if max_length < len(specials):
+            raise Refusal("max_length has room for tokens", str(max_length), "set it to 2048")
         genes = [strip_version(gene) for gene in cells.var_names]
         if len(set(genes)) != len(genes):
             raise Refusal("gene ids must be unique", "some repeat", "curate the cells first")
@@ -166,7 +169,7 @@ class Vocabulary:
             name="fitted",
             genes=tuple(known),
             medians=np.array([medians[gene] for gene in known]),
-            specials=SERIES["v2"].specials,
+            specials=specials,
             max_length=max_length,
             provenance={"n_cells": cells.n_obs, "units": units},
         )
