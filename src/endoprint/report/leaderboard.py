@@ -40,7 +40,7 @@ COLUMNS: dict[str, tuple[str, str, Callable[[float], str]]] = {
     "balanced_accuracy": ("bal.\nacc.", "balanced accuracy", _three),
     "auroc_macro": ("AUROC", "AUROC", _three),
     "ece": ("ECE", "ECE", _three),
-    "worst_unit_macro_f1": ("worst\npart", "worst part", _three),
+    "worst_unit_macro_f1": ("worst\n{part}", "worst {part}", _three),
     "shuffled_macro_f1": ("shuffled\nlabels", "shuffled labels", _three),
     "fit_seconds": ("fit\ns", "fit, s", seconds),
     "score_seconds_per_1000_cells": ("score\ns/1000", "s per 1,000 cells", seconds),
@@ -69,7 +69,7 @@ def leaderboard_table(board: Board) -> Table:
     table.add_column(Text(f"macro-F1\n[{spread_name(board)}]"), no_wrap=True)
     known = known_columns(board)
     for column in known:
-        table.add_column(COLUMNS[column][0], justify="right", no_wrap=True)
+        table.add_column(COLUMNS[column][0].format(part=board.part), justify="right", no_wrap=True)
     table.add_column(Text(f"against\n{board.bar}"), justify="right", no_wrap=True)
     for name, row in board.ranked.iterrows():
         model = str(name)
@@ -202,6 +202,7 @@ def leaderboard_page(
 
 def _page_table(board: Board) -> pd.DataFrame:
     rows = []
+    known = [(column, COLUMNS[column]) for column in known_columns(board)]
     for name, row in board.ranked.iterrows():
         model = str(name)
         rows.append(
@@ -209,7 +210,9 @@ def _page_table(board: Board) -> pd.DataFrame:
                 "model": model,
                 f"macro-F1 [{spread_name(board)}]": _score(board, model, float(row["macro_f1"])),
                 **{
-                    COLUMNS[column][1]: _cell(row[column], COLUMNS[column][2])
+                    COLUMNS[column][1].format(part=board.part): _cell(
+                        row[column], COLUMNS[column][2]
+                    )
                     for column in known_columns(board)
                 },
                 f"against {board.bar}": _bar_cell(board, model),
