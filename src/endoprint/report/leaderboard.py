@@ -210,10 +210,8 @@ def _page_table(board: Board) -> pd.DataFrame:
                 "model": model,
                 f"macro-F1 [{spread_name(board)}]": _score(board, model, float(row["macro_f1"])),
                 **{
-                    COLUMNS[column][1].format(part=board.part): _cell(
-                        row[column], COLUMNS[column][2]
-                    )
-                    for column in known_columns(board)
+                    head.format(part=board.part): _cell(row[column], write)
+                    for column, (_, head, write) in known
                 },
                 f"against {board.bar}": _bar_cell(board, model),
                 f"over {board.part}s": board.told_apart(model),
