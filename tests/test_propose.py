@@ -18,12 +18,13 @@ from endoprint.design import DesignConfig, make_split
 from endoprint.propose import propose
 
 
-def curated(proposed: dict[str, Any]) -> ad.AnnData:
+def curated(proposed: dict[str, Any], folder: Path) -> ad.AnnData:
     """The proposal must be valid params and must work as it stands."""
     params = Params.of(proposed, "params.yaml")
     config = params.section("cells", CellsConfig)
     params.section("design", DesignConfig)
-    cells, _ = curate(read(config.source, config), config)
+    assert Path(config.source).parent == Path("data/raw")
+    cells, _ = curate(read(folder / Path(config.source).name, config), config)
     return cells
 
 
@@ -40,7 +41,7 @@ def test_kang_is_two_donors_read_from_sample_names(shared: Path) -> None:
         "gene_id_key": "ensembl_id",
         "cell_type_key": "cluster_id",
     }
-    cells = curated(params)
+    cells = curated(params, shared / "data/real")
     assert cells.obs["unit"].value_counts().to_dict() == {"101": 954, "107": 602}
     assert make_split(cells.obs, DesignConfig(), 0).folds == [["101"], ["107"]]
     assert any("confounding with the run cannot be excluded" in line for line in checks)
@@ -58,14 +59,14 @@ def test_a549_has_no_unit_and_says_so(shared: Path) -> None:
         "library_size_key": "implied_total_counts",
         "allow_symbols": True,
     }
-    cells = curated(params)
+    cells = curated(params, shared / "data/real")
     assert set(cells.obs["exposure"]) == {"DMSO", "GLUCOCORT_AGONIST"}
     assert any("replicated: false" in line for line in checks)
     assert any("time_h" in line for line in checks)
     by_hour = {**params["cells"], "exposure_key": "time_h", "control": "0"}
     by_hour["aliases"] = {"1": "1", "3": "3"}
     config = CellsConfig.of(by_hour, "cells")
-    hours, _ = curate(read(config.source, config), config)
+    hours, _ = curate(read(shared / "data/real/a549_dex_sciCAR_scAI.h5ad", config), config)
     assert hours.obs["exposure"].value_counts().to_dict() == {"0": 583, "1": 983, "3": 1075}
 
 
@@ -123,7 +124,7 @@ def test_the_source_atlas_is_understood(tmp_path: Path) -> None:
     told = " ".join(checks)
     assert "holds one exposure only" in told
     assert "18 cells lack a part of their unit" in told
-    assert "CTL04E|?" in set(curated(params).obs["unit"])
+    assert "CTL04E|?" in set(curated(params, tmp_path).obs["unit"])
 
 
 def test_placeholders_and_bulk_spellings_are_known(tmp_path: Path) -> None:
@@ -138,7 +139,11 @@ def test_placeholders_and_bulk_spellings_are_known(tmp_path: Path) -> None:
     params, checks = propose(tmp_path / "early.h5ad")
     assert params["cells"]["drop_labels"] == ["MTR_393_3GEX"]
     assert "aliases" not in params["cells"]
-    assert set(curated(params).obs["exposure"]) == {"DMSO", "RET_AGONIST", "LIVER-X_AGONIST"}
+    assert set(curated(params, tmp_path).obs["exposure"]) == {
+        "DMSO",
+        "RET_AGONIST",
+        "LIVER-X_AGONIST",
+    }
 
 
 @pytest.mark.parametrize(
@@ -160,7 +165,7 @@ def test_units_are_read_from_sample_names(
     params, checks = propose(tmp_path / "My Cells (2).h5ad")
     assert params["task"] == "my-cells-2"
     assert params["cells"]["unit_pattern"] == pattern
-    assert sorted(set(curated(params).obs["unit"])) == units
+    assert sorted(set(curated(params, tmp_path).obs["unit"])) == units
 
 
 def test_a_donor_column_is_the_unit(tmp_path: Path) -> None:
@@ -178,7 +183,7 @@ def test_a_donor_column_is_the_unit(tmp_path: Path) -> None:
     assert params["cells"]["unit_keys"] == ["Donor_ID"]
     assert params["cells"]["exposure_key"] == "Treatment"
     assert params["cells"]["batch_key"] == "batch"
-    assert set(curated(params).obs["exposure"]) == {"DMSO", "compound X"}
+    assert set(curated(params, tmp_path).obs["exposure"]) == {"DMSO", "compound X"}
 
 
 def test_a_file_without_counts_or_exposure_is_refused(tmp_path: Path) -> None:

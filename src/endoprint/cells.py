@@ -226,7 +226,7 @@ def _convert(
     where = "X" if config.layer is None else f"layer {config.layer!r}"
     remedy = _where_counts_may_be(adata, config.layer)
     everything = raw_counts(values, where=where, remedy=remedy)
-    total = np.asarray(everything @ panel.is_gene.astype(np.float64)).ravel()
+    total = sums(everything if panel.is_gene.all() else everything[:, panel.is_gene])
     counts = panel.collect(everything)
     in_genes = sums(counts)
     report.count_coverage = float(in_genes.sum() / max(total.sum(), 1))

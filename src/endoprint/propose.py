@@ -59,13 +59,14 @@ class _Proposal:
 def propose(path: str | Path) -> tuple[dict[str, Any], list[str]]:
     """Look at a file of cells; return sections for params.yaml and sentences on what to check.
 
-    The sections are `task` (a suggested name), `cells` and `design`.
+    The sections are `task` (a suggested name), `cells` and `design`; `cells.source` is where a
+    workspace links to the file, below its own folder.
 
     Raises Refusal where there are no raw counts or nothing that could be an exposure.
     """
     path = Path(path)
     obs = sources.read_obs(path)
-    proposal = _Proposal(task=_slug(path.stem), cells={"source": str(path)})
+    proposal = _Proposal(task=_slug(path.stem), cells={"source": f"data/raw/{path.name}"})
     block = _counts(path, proposal)
     _genes(block.var, proposal)
     columns = {str(name): text(obs[name]) for name in obs.columns}
