@@ -16,7 +16,13 @@ from endoprint.config import Refusal
 from endoprint.metrics import call, f1_by_exposure
 
 # A row that is slow at its defaults says here how it is made small; the rest run as they stand.
-SMALL: dict[str, dict[str, object]] = {}
+SMALL: dict[str, dict[str, object]] = {
+    "geneformer": {"layers": 1, "hidden": 32, "ffn": 64, "epochs": 4, "min_steps": 120},
+}
+# Where a row answers in minibatches, a size that cuts the cells quite differently.
+OTHER_MINIBATCH: dict[str, dict[str, object]] = {
+    "geneformer": {"minibatch_cells": 3, "minibatch_tokens": 256},
+}
 
 EXPOSURES = ["DMSO", "LIVER-X_AGONIST", "RET_AGONIST"]
 ROWS = sorted(contract.TABLE)
@@ -67,6 +73,12 @@ def fitted(request, cells) -> contract.ExposureModel:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", refuse)
         return blank(request.param).fit(train, valid)
+
+
+@pytest.fixture
+def saved(fitted, tmp_path):
+    fitted.save(tmp_path / "saved")
+    return tmp_path / "saved"
 
 
 # -- the answer ---------------------------------------------------------------------------------
@@ -145,6 +157,15 @@ def test_a_cells_answer_ignores_much_deeper_neighbours(fitted, unseen):
     )
     together = fitted.predict_proba(mixed).loc[unseen.obs_names]
     assert_same_answer(together, fitted.predict_proba(unseen))
+
+
+def test_the_minibatch_is_irrelevant(fitted, unseen, saved):
+    other = OTHER_MINIBATCH.get(fitted.name, {})
+    named_so = {name for name in type(fitted.config).model_fields if name.startswith("minibatch")}
+    assert named_so == set(other), "a row with minibatches says above how to cut them otherwise"
+    again = contract.load(saved)
+    again.config = again.config.model_copy(update=other)
+    assert_same_answer(again.predict_proba(unseen), fitted.predict_proba(unseen))
 
 
 def test_gene_order_is_irrelevant(fitted, unseen):
@@ -244,12 +265,6 @@ def test_an_unfitted_model_is_not_saved(name, tmp_path):
 
 
 # -- disk ---------------------------------------------------------------------------------------
-@pytest.fixture
-def saved(fitted, tmp_path):
-    fitted.save(tmp_path / "saved")
-    return tmp_path / "saved"
-
-
 def test_save_then_load_is_the_identity(fitted, saved, unseen):
     again = contract.load(saved)
     assert type(again) is type(fitted)

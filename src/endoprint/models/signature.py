@@ -155,7 +155,7 @@ def published_panels() -> Panels:
 def _changes(
     values: sparse.csr_matrix, weight: Array, unit: Array, is_one: Array, is_other: Array
 ) -> Array:
-    """Return how much higher log expression is in one group of cells, averaged over units, (G,)."""
+    """Return how much higher log expression is in one group, averaged over units, (G,)."""
     pairs = [(is_one & (unit == name), is_other & (unit == name)) for name in sorted(set(unit))]
     pairs = [pair for pair in pairs if pair[0].any() and pair[1].any()]
     differences = []
