@@ -151,7 +151,6 @@ def tokenize_file(
     ids = pd.Index(sources.read_obs(path).index.astype(str))
     refuse_double_cells(ids)
     blocks = sources.blocks(path, layer=layer, n_cells=minibatch, obs_table="")
-    tally = _Tally()
     # Reading, hashing and writing leave Python's lock, so they go on beside the ranking.
     with ThreadPoolExecutor(1) as hasher, _read_ahead(blocks) as following:
         origin = hasher.submit(_origin, path)
@@ -159,6 +158,7 @@ def tokenize_file(
         if block is None:
             raise Refusal("there are cells to tokenise", f"none in {path.name}", "check the file")
         columns = Columns.of(block.var, vocabulary)
+        tally = _Tally(columns)
         with _parquet(out) as (parquet, write):
             while block is not None:
                 counts = as_csr(block.X)
@@ -169,7 +169,7 @@ def tokenize_file(
                     watch(tally.n_cells, len(ids))
                 block = following()
             parquet.add_key_value_metadata({**columns.about, **origin.result()})
-    return tally.report(out, columns)
+    return tally.report(out)
 
 
 def _blocks(counts: sparse.csr_matrix) -> Iterator[sparse.csr_matrix]:
@@ -305,11 +305,11 @@ def _joined(parquet: pq.ParquetFile, cell_ids: pd.Index, due: Array) -> Array | 
 class _Tally:
     """Adds up what `TokenFile` reports, block by block."""
 
-    def __init__(self) -> None:
-        self.n_cells = self.n_empty = self.n_tiny = self.n_tokens = 0
+    def __init__(self, columns: Columns) -> None:
+        self.columns = columns
+        self.n_cells = self.n_empty = self.n_cut = self.n_tiny = self.n_tokens = 0
         self.n_counts = self.n_inside = 0.0
         self.lowest_share = 1.0
-        self.n_genes: list[Array] = []
 
     def add(self, coverage: dict[str, Array], lengths: Array) -> None:
         self.n_cells += len(lengths)
@@ -319,16 +319,17 @@ class _Tally:
         self.n_counts += float(coverage["n_counts"].sum())
         self.n_inside += float((coverage["share"] * coverage["n_counts"]).sum())
         self.lowest_share = min(self.lowest_share, float(coverage["share"].min()))
-        self.n_genes.append(coverage["n_genes"].astype(np.int32))
+        self.n_cut += int((coverage["n_genes"] > self.columns.ranker.room).sum())
 
-    def report(self, path: Path, columns: Columns) -> TokenFile:
+    def report(self, path: Path) -> TokenFile:
+        columns = self.columns
         return TokenFile(
             path=str(path),
             vocabulary=columns.vocabulary.name,
             vocabulary_sha256=columns.vocabulary.sha256,
             n_cells=self.n_cells,
             n_empty=self.n_empty,
-            n_cut=int((np.concatenate(self.n_genes) > columns.ranker.room).sum()),
+            n_cut=self.n_cut,
             n_cells_with_tiny_medians=self.n_tiny,
             n_identifiers=len(columns.tokens),
             n_known=int((columns.tokens >= 0).sum()),
