@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from endoprint import tracking
 from endoprint.config import Refusal
 from endoprint.workspace import Workspace
@@ -37,6 +39,13 @@ def read_record(workspace: Workspace, run_id: str, name: str) -> Any:
     with tempfile.TemporaryDirectory() as scratch:
         path = _download(workspace, run_id, f"{name}.json", scratch)
         return json.loads(path.read_text())
+
+
+def read_table(workspace: Workspace, run_id: str, name: str) -> pd.DataFrame:
+    """Return a table that a run kept with `Run.table`; its first column is the index."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = _download(workspace, run_id, f"tables/{name}.csv", scratch)
+        return pd.read_csv(path, index_col=0, dtype={"unit": str, "truth": str, "sample": str})
 
 
 def fetch(workspace: Workspace, run_id: str, folder: str, into: Path) -> Path:
@@ -91,7 +100,8 @@ def _search(workspace: Workspace, asked: str) -> list[Any]:  # mlflow.entities.R
 
 def _download(workspace: Workspace, run_id: str, name: str, into: str) -> Path:
     store = tracking.client(workspace)
-    kept = {entry.path for entry in store.list_artifacts(run_id)}
+    parent = Path(name).parent.as_posix()
+    kept = {entry.path for entry in store.list_artifacts(run_id, parent.removeprefix("."))}
     if name not in kept:
         raise Refusal(
             f"run {run_id} keeps {name}", ", ".join(sorted(kept)) or "nothing", "fit again"

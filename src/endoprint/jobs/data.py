@@ -150,6 +150,7 @@ def audit(workspace: str) -> str:
         obs,
         exposure="exposure",
         units=["unit"] if config.unit_keys else [],
+        control=config.control_label,
         batch="batch" if config.batch_key else None,
         line="line" if config.line_key else None,
     )

@@ -66,13 +66,14 @@ def pretrain(workspace: str) -> str:
         told = learn(
             tokens.of(pool, vocabulary),
             vocabulary,
-            folder,
             config,
+            folder,
             units=sorted(set(pool.obs["unit"].astype(str))),
             seed=space.params.seed,
             watch=_both(run.watch, step.watch),
         )
-        run.metrics({k: v for k, v in told.items() if isinstance(v, int | float)})
+        figures = ("n_cells", "epochs", "loss_before", "loss_after", "loss_of_frequencies")
+        run.metrics({name: told[name] for name in figures})
         for file in sorted(folder.iterdir()):
             run.file(file, "backbone")
         run.tags({"pretrain_key": key, "vocabulary_sha256": vocabulary.sha256})
@@ -310,10 +311,20 @@ def leaderboard(workspace: str) -> str:
         n_exposures=len(audit["exposures"]),
         labels={str(m): str(b) for m, b in latest["base_model"].dropna().items()},
         flags=(*split.notes, *controls),
+        scheme=split.scheme,
     )
     path = write_json(space.local / "leaderboard.json", board.to_json())
     page = space.local / "leaderboard.html"
-    page.write_text(leaderboard_page(board))
+    predictions = {
+        model: runs.read_table(space, str(latest.loc[model, "run_id"]), "predictions")
+        for model in dict.fromkeys((bar, leader))
+    }
+    control = str(cells.uns["endoprint"]["control"])
+    page.write_text(
+        leaderboard_page(
+            board, predictions=predictions, control=control, provenance={"split": split.hash}
+        )
+    )
     with tracking.run(space, name="leaderboard", kind="leaderboard") as run:
         run.file(Path(path))
         run.file(page)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,7 @@ def _report(space: Workspace, model: Any, version: Any, place: Path) -> str:
         "audit": json.loads(space.audit.read_text()) if space.audit.is_file() else {},
         "is_calibration_unit_validated": model.provenance["is_calibration_unit_validated"],
         "control": space.params.cells.get("control"),
+        "scored_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     beside = place / ".report.html.part"
     beside.write_text(report.scores_page(scores, calls, meta))
