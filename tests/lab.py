@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sqlite3
 import tempfile
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from anndata import AnnData
@@ -73,3 +76,18 @@ def fit_and_track(
         run.model(Path(folder), sha256=artefact.digest(Path(folder)))
         run.metrics({"macro_f1": 0.5})
     return run.run_id
+
+
+def moved_copy(space: Workspace, to: Path) -> Workspace:
+    """Return a copy of a workspace elsewhere, its store's addresses included."""
+    shutil.copytree(space.root, to)
+    old, new = (each.as_uri() for each in (space.root, to))
+    with closing(sqlite3.connect(to / ".endoprint/mlflow.db")) as store:
+        for table, column in (
+            ("experiments", "artifact_location"),
+            ("runs", "artifact_uri"),
+            ("logged_models", "artifact_location"),
+        ):
+            store.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (old, new))
+        store.commit()
+    return Workspace.at(to)

@@ -29,12 +29,36 @@ from endoprint.registry import (
     rollback,
 )
 from endoprint.workspace import Workspace
-from lab import POLICY, fit_and_track, furnish
+from lab import POLICY, bare_workspace, fit_and_track, furnish, moved_copy
 
 
 def weak() -> Logistic:
     """A model too strongly penalised to say much."""
     return Logistic(LogisticConfig(penalty=50.0, latent_width=4))
+
+
+@pytest.fixture(scope="session")
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """A workspace with a good and a weak fit in it, made once and copied for every test."""
+    root = tmp_path_factory.mktemp("fitted") / "space"
+    made = furnish(bare_workspace(root), planted_cells(n_units=6, n_cells=8))
+    fit_and_track(made, model=weak())
+    fit_and_track(made)
+    return made
+
+
+@pytest.fixture
+def lab(fitted: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return moved_copy(fitted, tmp_path / "space")
+
+
+def good_run(space: Workspace) -> str:
+    return str(tracking.runs_table(space).index[0])
+
+
+def weak_run(space: Workspace) -> str:
+    return str(tracking.runs_table(space).index[-1])
 
 
 def artefact_of(space: Workspace, run_id: str) -> Path:
@@ -44,7 +68,7 @@ def artefact_of(space: Workspace, run_id: str) -> Path:
 
 # -- registering --------------------------------------------------------------------------------
 def test_a_registered_run_is_the_candidate_and_carries_its_lineage(lab: Workspace) -> None:
-    run_id = fit_and_track(lab)
+    run_id = good_run(lab)
     version = register(lab, run_id)
     assert find(lab, "candidate") == version
     assert (version.name, version.version, version.run_id) == ("endoprint-toy", "1", run_id)
@@ -55,7 +79,7 @@ def test_a_registered_run_is_the_candidate_and_carries_its_lineage(lab: Workspac
 
 
 def test_registering_a_run_again_gives_the_same_version(lab: Workspace) -> None:
-    first, other = fit_and_track(lab), fit_and_track(lab, model=weak())
+    first, other = good_run(lab), weak_run(lab)
     version = register(lab, first)
     assert register(lab, other).version == "2"
     again = register(lab, first)
@@ -113,14 +137,14 @@ def test_mlflow_alone_loads_and_predicts_with_pickle_switched_off(
     ],
 )
 def test_an_address_that_leads_nowhere_is_one_line(lab: Workspace, uri: str) -> None:
-    register(lab, fit_and_track(lab))
+    register(lab, good_run(lab))
     with pytest.raises(Refusal) as refusal:
         resolve(lab, uri)
     assert "\n" not in str(refusal.value)
 
 
 def test_a_copy_changed_here_is_fetched_anew(lab: Workspace) -> None:
-    version = register(lab, fit_and_track(lab))
+    version = register(lab, good_run(lab))
     _, folder = resolve(lab, "candidate")
     (folder / "model.json").write_text("{}")
     _, folder = resolve(lab, "candidate")
@@ -176,13 +200,9 @@ TAMPERINGS = {
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def sound(fitted: Workspace) -> tuple[Path, str]:
     """One logged artefact that passes every check, and its digest."""
-    from lab import bare_workspace
-
-    space = furnish(bare_workspace(tmp_path_factory.mktemp("sound") / "space"), planted_cells())
-    run_id = fit_and_track(space)
-    place = artefact_of(space, run_id)
+    place = artefact_of(fitted, good_run(fitted))
     return place, artefact.digest(place / artefact.MODEL)
 
 
@@ -212,7 +232,7 @@ def test_links_inside_an_artefact_are_refused(sound: tuple[Path, str], tmp_path:
 
 
 def test_weights_swapped_in_the_store_are_refused_and_leave_nothing_here(lab: Workspace) -> None:
-    run_id = fit_and_track(lab)
+    run_id = good_run(lab)
     version = register(lab, run_id)
     swap_weights(artefact_of(lab, run_id))
     with pytest.raises(Refusal, match="those that were registered"):
@@ -226,9 +246,9 @@ def test_weights_swapped_in_the_store_are_refused_and_leave_nothing_here(lab: Wo
 # -- promoting ----------------------------------------------------------------------------------
 def two_versions(space: Workspace) -> tuple[Promotion, Promotion]:
     """A weak champion, then a better candidate."""
-    register(space, fit_and_track(space, model=weak()))
+    register(space, weak_run(space))
     first = promote(space)
-    register(space, fit_and_track(space))
+    register(space, good_run(space))
     return first, promote(space)
 
 
@@ -250,9 +270,9 @@ def test_the_first_version_that_passes_is_champion_and_the_better_one_replaces_i
 
 
 def test_a_worse_candidate_leaves_the_champion_and_says_why(lab: Workspace) -> None:
-    register(lab, fit_and_track(lab))
+    register(lab, good_run(lab))
     promote(lab)
-    register(lab, fit_and_track(lab, model=weak()))
+    register(lab, weak_run(lab))
     found = promote(lab)
     assert found.verdict.decision in ("hold", "reject")
     assert champion(lab).version == "1"
@@ -279,7 +299,7 @@ def test_figures_are_those_of_the_test_units_scored_anew(lab: Workspace) -> None
 
 
 def test_each_opening_is_counted_and_a_decision_is_not_made_twice(lab: Workspace) -> None:
-    register(lab, fit_and_track(lab))
+    register(lab, good_run(lab))
     lab.policy.write_text(POLICY + "at_least: {macro_f1: 1.0, worst_unit_macro_f1: 1.0}\n")
     split_hash = Split.read(lab.split).hash
     first = promote(lab)
@@ -297,7 +317,7 @@ def test_each_opening_is_counted_and_a_decision_is_not_made_twice(lab: Workspace
 
 
 def test_promoting_the_champion_again_changes_nothing(lab: Workspace) -> None:
-    register(lab, fit_and_track(lab))
+    register(lab, good_run(lab))
     promote(lab)
     before = history.read(lab)
     again = promote(lab)
@@ -328,7 +348,7 @@ def test_a_backbone_that_saw_a_test_unit_is_rejected_unopened(lab: Workspace) ->
 def test_an_unreplicated_workspace_holds_unopened(lab: Workspace) -> None:
     told = json.loads(lab.audit.read_text())
     lab.audit.write_text(json.dumps({**told, "replicated": False}))
-    register(lab, fit_and_track(lab))
+    register(lab, good_run(lab))
     found = promote(lab)
     assert (found.verdict.decision, found.was_opened) == ("hold", False)
     assert found.verdict.reasons[0].startswith("replicated: false")
@@ -336,7 +356,7 @@ def test_an_unreplicated_workspace_holds_unopened(lab: Workspace) -> None:
 
 def test_two_test_units_hold_unless_the_policy_allows_so_few(lab: Workspace) -> None:
     lab.policy.write_text("budget: 5\n")
-    register(lab, fit_and_track(lab))
+    register(lab, good_run(lab))
     found = promote(lab)
     assert (found.verdict.decision, found.was_opened) == ("hold", False)
     assert found.verdict.reasons == ["too few units: 2 of 5"]
@@ -344,7 +364,6 @@ def test_two_test_units_hold_unless_the_policy_allows_so_few(lab: Workspace) -> 
 
 def test_a_baseline_is_taken_from_its_newest_training_run(lab: Workspace) -> None:
     lab.policy.write_text(POLICY + "must_beat: logistic\n")
-    fit_and_track(lab)
     register(lab, fit_and_track(lab, model=Costly()))
     found = promote(lab)
     assert found.verdict.decision == "reject"
@@ -373,7 +392,7 @@ def costly_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_champion_of_another_split_is_not_compared_until_retired(lab: Workspace) -> None:
-    register(lab, fit_and_track(lab, model=weak()))
+    register(lab, weak_run(lab))
     promote(lab)
     cells = curated.load(lab.cells)
     from endoprint.design import DesignConfig, make_split
@@ -419,15 +438,22 @@ def test_a_decision_against_another_champion_does_not_move_the_alias(lab: Worksp
     assert champion(lab).version == "2"
 
 
-@pytest.mark.parametrize("after", ["set_registered_model_alias", "tell"])
-@pytest.mark.parametrize("call", [1, 2])
+@pytest.mark.parametrize(
+    ("after", "call"),
+    [
+        ("set_registered_model_alias", 1),
+        pytest.param("set_registered_model_alias", 2, marks=pytest.mark.slow),
+        pytest.param("tell", 1, marks=pytest.mark.slow),
+        pytest.param("tell", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_a_crash_inside_a_flip_is_closed_by_the_next_promotion(
     lab: Workspace, monkeypatch: pytest.MonkeyPatch, after: str, call: int
 ) -> None:
     """The process dies after its n-th write; the next command ends where the first would have."""
-    register(lab, fit_and_track(lab, model=weak()))
+    register(lab, weak_run(lab))
     promote(lab)
-    register(lab, fit_and_track(lab))
+    register(lab, good_run(lab))
     owner = mlflow.MlflowClient if after != "tell" else registry
     whole, seen = getattr(owner, after), []
 
@@ -455,7 +481,7 @@ def test_a_crash_inside_a_flip_is_closed_by_the_next_promotion(
 
 
 def test_two_promoters_at_once_make_one_decision(lab: Workspace) -> None:
-    register(lab, fit_and_track(lab))
+    register(lab, good_run(lab))
     outcomes: list[Promotion] = []
     threads = [threading.Thread(target=lambda: outcomes.append(promote(lab))) for _ in range(2)]
     for thread in threads:
@@ -497,7 +523,7 @@ def test_a_history_edited_by_hand_is_found_out(space: Workspace, change: str) ->
 
 
 def test_a_history_cut_off_at_its_end_is_found_out_by_the_registry(lab: Workspace) -> None:
-    register(lab, fit_and_track(lab))
+    register(lab, good_run(lab))
     promote(lab)
     path = history.path(lab)
     assert registry.verify(lab) == []

@@ -41,7 +41,7 @@ def version(model: Logistic, tmp_path_factory: pytest.TempPathFactory) -> Versio
     return Version("endoprint-toy", "3", "run", artefact.digest(folder), "logistic", {})
 
 
-def raw_cells(n_cells: int = 12, seed: int = 5) -> AnnData:
+def raw_cells(n_cells: int = 6, seed: int = 5) -> AnnData:
     """Cells as a user has them: no exposure, and in no order."""
     cells = planted_cells(n_units=2, n_cells=n_cells, seed=seed)
     return AnnData(X=cells.X, obs=cells.obs[["unit", "sample"]], var=cells.var[[]])
@@ -59,7 +59,7 @@ def rows_of(out: Path) -> pd.DataFrame:
 
 @pytest.fixture
 def run(model: Logistic, version: Version) -> Callable[..., ScoreSummary]:
-    def scored(path: Path, out: Path, *, chunk_cells: int = 7, **named: object) -> ScoreSummary:
+    def scored(path: Path, out: Path, *, chunk_cells: int = 16, **named: object) -> ScoreSummary:
         return score(
             named.pop("model", model), named.pop("version", version), path, out,
             cells=named.pop("cells", KEYS), chunk_cells=chunk_cells, **named,
@@ -78,7 +78,7 @@ def test_every_cell_has_one_row_in_the_files_order_with_the_models_own_answer(
     summary = run(path, tmp_path / "out", watch=lambda done, total: seen.append((done, total)))
     rows = rows_of(tmp_path / "out")
     assert list(rows["cell_id"]) == list(cells.obs_names)
-    whole = planted_cells(n_units=2, n_cells=12, seed=5)  # the same cells, curated
+    whole = planted_cells(n_units=2, n_cells=6, seed=5)  # the same cells, curated
     told = model.predict_proba(whole)
     answers = rows[[f"p_{name}" for name in model.exposures]].to_numpy()
     np.testing.assert_allclose(answers, told.loc[rows["cell_id"]].to_numpy(), atol=1e-9)
@@ -98,7 +98,7 @@ def test_every_cell_has_one_row_in_the_files_order_with_the_models_own_answer(
     assert json.loads((tmp_path / "out" / scoring.SUMMARY).read_text())["n_cells"] == len(cells)
 
 
-@pytest.mark.parametrize("chunk_cells", [1, 5, 72, 1000])
+@pytest.mark.parametrize("chunk_cells", [1, 5, 1000])
 def test_rows_do_not_depend_on_the_chunks(
     run: Callable[..., ScoreSummary], tmp_path: Path, chunk_cells: int
 ) -> None:
@@ -130,11 +130,11 @@ def test_empty_cells_keep_their_row_without_a_call(
 ) -> None:
     cells = raw_cells()
     counts = cells.X.toarray()
-    counts[[0, 5, 71]] = 0
+    counts[[0, 5, 35]] = 0
     path = written(AnnData(sparse.csr_matrix(counts), cells.obs, cells.var), tmp_path / "e.h5ad")
     summary = run(path, tmp_path / "out", chunk_cells=1)  # also a chunk of nothing else
     rows = rows_of(tmp_path / "out")
-    empty = rows.iloc[[0, 5, 71]]
+    empty = rows.iloc[[0, 5, 35]]
     assert list(rows["cell_id"]) == list(cells.obs_names)
     assert (empty["flag"] == "no counts").all()
     assert empty["abstain"].all()
@@ -263,7 +263,7 @@ def test_a_rerun_gives_the_same_bytes(run: Callable[..., ScoreSummary], tmp_path
     assert first.scores_sha256 == second.scores_sha256
 
 
-@pytest.mark.parametrize("at", [0, 3, 9])
+@pytest.mark.parametrize("at", [0, 2])
 def test_a_run_that_dies_leaves_the_old_result_whole_and_no_fragment(
     run: Callable[..., ScoreSummary], model: Logistic, tmp_path: Path, at: int
 ) -> None:

@@ -13,7 +13,7 @@ import mlflow
 import pandas as pd
 import pytest
 
-from endoprint import tracking
+from endoprint import runs, tracking
 from endoprint.config import Config
 from endoprint.curated import md5
 from endoprint.lineage import Lineage, metered
@@ -282,7 +282,7 @@ def test_inputs_carry_the_md5_of_their_bytes_even_where_dvc_lock_is_stale(
 
 def test_lineage_is_read_back_as_it_was_logged(lab: Workspace) -> None:
     run_id = fit_and_track(lab)
-    found = tracking.read_lineage(lab, run_id)
+    found = Lineage.model_validate(runs.read_record(lab, run_id, "lineage"))
     assert found.model == "logistic"
     assert found.versions["numpy"]
     assert found.hardware.cores >= 1

@@ -20,8 +20,9 @@ import mlflow
 from filelock import FileLock
 from mlflow.artifacts import download_artifacts
 
-from endoprint import artefact, history, tracking
+from endoprint import artefact, history, runs, tracking
 from endoprint.config import Refusal
+from endoprint.lineage import Lineage
 from endoprint.model import ExposureModel, load
 from endoprint.workspace import Workspace
 
@@ -82,7 +83,7 @@ def register(workspace: Workspace, run_id: str) -> Version:
             f"without {', '.join(missing) or 'nothing missing'}",
             "register a run of `endoprint train`",
         )
-    lineage = tracking.read_lineage(workspace, run_id)
+    lineage = Lineage.model_validate(runs.read_record(workspace, run_id, "lineage"))
     name = workspace.experiment
     with lock(workspace):
         known = _versions(store, name, f"name = '{name}' and run_id = '{run_id}'")

@@ -37,7 +37,7 @@ from mlflow.entities import (
     ViewType,
 )
 
-from endoprint.config import Config, Refusal
+from endoprint.config import Config
 from endoprint.lineage import Lineage
 from endoprint.model import Pruned
 from endoprint.workspace import QUIET, Workspace
@@ -166,8 +166,8 @@ class Run:
         text = table.to_csv(index=table.index.name is not None)
         self._file(f"tables/{name}.csv", text.encode())
 
-    def record(self, name: str, values: Mapping[str, Any] | list[Any]) -> None:
-        """Keep plain values as `<name>.json`."""
+    def record(self, name: str, values: object) -> None:
+        """Keep plain values, as JSON knows them, as `<name>.json`."""
         text = json.dumps(values, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
         self._file(f"{name.removesuffix('.json')}.json", text.encode())
 
@@ -370,18 +370,6 @@ def _row(found: Any) -> dict[str, Any]:  # mlflow.entities.Run, which carries no
         **found.data.metrics,
         **{f"param.{name}": value for name, value in found.data.params.items()},
     }
-
-
-def read_lineage(workspace: Workspace, run_id: str) -> Lineage:
-    """Return the lineage a run was logged with."""
-    with tempfile.TemporaryDirectory() as scratch:
-        try:
-            path = client(workspace).download_artifacts(run_id, "lineage.json", scratch)
-        except (mlflow.MlflowException, OSError):
-            raise Refusal(
-                "a registered run carries its lineage", f"run {run_id} without", "train it again"
-            ) from None
-        return Lineage.model_validate_json(Path(path).read_text())
 
 
 # -- small words --------------------------------------------------------------------------------
