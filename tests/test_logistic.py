@@ -57,7 +57,20 @@ def test_the_penalty_is_chosen_on_validation_cells(parts):
     model = Logistic().fit(train, valid, watch=lambda step, figures: told.append(figures))
     best = min(told, key=lambda figures: figures["validation_log_loss"])
     assert model.provenance["penalty"] == best["penalty"]
-    assert [figures["penalty"] for figures in told] == list(logistic.PENALTIES)
+    tried = [figures["penalty"] for figures in told]
+    assert tried == list(logistic.PENALTIES[: len(tried)])
+
+
+def test_penalties_past_the_best_are_not_tried():
+    made = planted_cells(n_units=5, n_cells=20, fold=1.5)
+    told = []
+    Logistic().fit(
+        of_units(made, "u0", "u1", "u2"),
+        of_units(made, "u3"),
+        watch=lambda step, figures: told.append(figures["validation_log_loss"]),
+    )
+    assert len(told) < len(logistic.PENALTIES)
+    assert told[-1] > told[-2] == min(told)
 
 
 def test_noise_asks_for_a_stronger_penalty_than_signal():

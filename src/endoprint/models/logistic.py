@@ -71,7 +71,7 @@ class Logistic(ExposureModel):
     def _choose(
         self, values: Array | sparse.csr_matrix, truth: Array, valid: AnnData, watch: Watch
     ) -> None:
-        """Fit along the penalties; keep the fit under which validation cells are likeliest."""
+        """Fit along the penalties until validation cells grow less likely; keep the best."""
         valid = valid[valid.obs["exposure"].astype(str).isin(self.exposures).to_numpy()]
         penalties = PENALTIES if valid.n_obs else (UNCHOSEN,)
         if self.config.penalty is not None:
@@ -83,6 +83,8 @@ class Logistic(ExposureModel):
             loss = self._loss(valid) if valid.n_obs else 0.0
             tried.append((loss, fitted))
             watch(step, {"penalty": fitted.penalty, "validation_log_loss": loss})
+            if step and loss > tried[-2][0]:
+                break  # past the best: weaker penalties are slower to fit and only do worse
         best = min(tried, key=lambda pair: pair[0])[1]
         self._take(best, is_centred=is_centred)
         self.provenance |= {"penalty": best.penalty, "has_converged": best.has_converged}
