@@ -159,15 +159,21 @@ def tokenize_file(
             raise Refusal("there are cells to tokenise", f"none in {path.name}", "check the file")
         columns = Columns.of(block.var, vocabulary)
         tally = _Tally(columns)
-        with _parquet(out) as (parquet, write):
+        with _parquet(out) as (parquet, later):
+
+            def keep(cell_ids: pd.Index, counts: Any, values: Array, lengths: Array) -> None:
+                parquet.write_table(_table(cell_ids, values, lengths))
+                tally.add(columns.coverage(counts), lengths)
+
+            n_done = 0
             while block is not None:
                 counts = as_csr(block.X)
-                values, lengths = columns.rank(counts)
-                write(_table(block.obs_names, values, lengths))
-                tally.add(columns.coverage(counts), lengths)
+                later(keep, block.obs_names, counts, *columns.rank(counts))
+                n_done += block.n_obs
                 if watch is not None:
-                    watch(tally.n_cells, len(ids))
+                    watch(n_done, len(ids))
                 block = following()
+            later()
             parquet.add_key_value_metadata({**columns.about, **origin.result()})
     return tally.report(out)
 
@@ -193,8 +199,11 @@ def _read_ahead(blocks: Iterator[AnnData]) -> Iterator[Callable[[], AnnData | No
 
 
 @contextmanager
-def _parquet(out: Path) -> Iterator[tuple[pq.ParquetWriter, Callable[[pa.Table], None]]]:
-    """Give a writer of a file that appears whole or not at all, and its function to write on."""
+def _parquet(out: Path) -> Iterator[tuple[pq.ParquetWriter, Callable[..., None]]]:
+    """Give a writer of a file that appears whole or not at all, and a hand to work it.
+
+    The hand does one call at a time, in order, while the next is prepared; without one it waits.
+    """
     beside = out.with_name(f".{out.name}.{os.getpid()}.part")
     waiting: list[Future[None]] = []
     try:
@@ -215,13 +224,13 @@ def _parquet(out: Path) -> Iterator[tuple[pq.ParquetWriter, Callable[[pa.Table],
             ThreadPoolExecutor(1) as hand,
         ):
 
-            def write(table: pa.Table) -> None:
-                if waiting:  # at most one table does
+            def later(call: Callable[..., None] | None = None, *arguments: Any) -> None:
+                if waiting:
                     waiting.pop().result()
-                waiting.append(hand.submit(parquet.write_table, table))
+                if call is not None:
+                    waiting.append(hand.submit(call, *arguments))
 
-            yield parquet, write
-            waiting.pop().result()
+            yield parquet, later
         os.replace(beside, out)
     except OSError as error:
         raise Refusal(

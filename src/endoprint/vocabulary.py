@@ -224,14 +224,14 @@ class Vocabulary:
     @cached_property
     def sha256(self) -> str:
         """Over all that decides a token: genes, medians, specials, length and aliases."""
-        decisive = [
-            self.genes,
-            [median.hex() for median in self.medians.tolist()],
-            self.specials,
-            self.max_length,
-            sorted(self.aliases.items()),
-        ]
-        return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
+        digest = hashlib.sha256(
+            f"{len(self.specials)} {len(self.genes)} {self.max_length}\n".encode()
+        )
+        aliases = map("\t".join, sorted(self.aliases.items()))
+        for names in (self.specials, self.genes, aliases):
+            digest.update("\n".join(names).encode() + b"\n")
+        digest.update(self.medians.astype("<f8").tobytes())
+        return digest.hexdigest()
 
     def _special(self, token: str) -> int | None:
         return self.specials.index(token) if token in self.specials else None
