@@ -59,6 +59,25 @@ def test_a_sample_is_weighed_as_the_model_weighs_it(fitted, unseen, table):
             assert table.loc[name, f"p_{exposure}"] == pytest.approx(own[exposure], abs=1e-9)
 
 
+def test_stored_scores_give_the_same_calls_without_counts(fitted, unseen, table):
+    stored = fitted.predict_proba(unseen).astype(np.float32)
+    bare = AnnData(obs=unseen.obs[["sample", "unit"]])
+    again = population.sample_calls(
+        fitted, bare, probabilities=stored, novelty=fitted.novelty(unseen)
+    )
+    assert (again["call"] == table["call"]).all()
+    assert again["confidence"].to_numpy() == pytest.approx(
+        table["confidence"].to_numpy(), abs=1e-4
+    )
+
+
+def test_the_control_can_be_named(fitted, unseen):
+    said = population.sample_calls(fitted, unseen, control="RET_AGONIST")["sentence"]
+    assert said["u4|RET_AGONIST"].startswith(
+        "Sample u4|RET_AGONIST (24 cells) looks like the control"
+    )
+
+
 class ByControl(Logistic):
     """A model that needs the sample's own vehicle, and says which cells it was given."""
 

@@ -42,6 +42,7 @@ def sample_calls(
     by: str = "sample",
     probabilities: pd.DataFrame | None = None,
     novelty: Array | None = None,
+    control: str | None = None,
 ) -> pd.DataFrame:
     """Say what every sample looks exposed to, and how sure that is; one row per sample.
 
@@ -49,7 +50,9 @@ def sample_calls(
     second_confidence, agreement (share of cells whose own call is the sample's), novel_share
     (cells farther from the training cells than the model's threshold; NaN where the model keeps
     none), is_calibration_unit_validated, sentence, p_<exposure>. `probabilities` (n, E) and
-    `novelty` (n,) of the same cells spare computing them again.
+    `novelty` (n,) of the same cells spare computing them again; with both, a model that does not
+    weigh populations itself needs no counts. `control`: the label that is no exposure, unless the
+    cells or its spelling tell.
     """
     if by not in cells.obs:
         raise Refusal(f"samples are told apart by obs[{by!r}]", "no such column", "name one")
@@ -59,7 +62,8 @@ def sample_calls(
     distance = model.novelty(cells) if novelty is None else novelty
     sample = cells.obs[by].astype(str).to_numpy()
     unit = cells.obs["unit"].astype(str).to_numpy() if "unit" in cells.obs else sample
-    control = cells.uns.get("endoprint", {}).get("control") or find_control(model.exposures)
+    told = control or cells.uns.get("endoprint", {}).get("control")
+    control = told or find_control(model.exposures)
     is_control = np.zeros(cells.n_obs, dtype=bool)
     if "exposure" in cells.obs:
         is_control = (cells.obs["exposure"].astype(str) == control).to_numpy()
@@ -101,8 +105,14 @@ def _pooled(model: ExposureModel, probabilities: pd.DataFrame) -> pd.Series:
     Evidence is their logarithm times the temperature, up to a constant per cell, which the
     soft-max forgets: the cells need not be weighed a second time.
     """
-    log_p = np.log(np.maximum(probabilities.to_numpy(dtype=np.float64), 1e-300))
-    mean = log_p.mean(axis=0) * model.temperature / model.population_temperature
+    said = probabilities.to_numpy()
+    # stored scores are coarser than fresh ones: what they round to zero was no smaller than this
+    floor = float(np.finfo(said.dtype).tiny)
+    mean = (
+        np.log(np.maximum(said.astype(np.float64), floor)).mean(axis=0)
+        * model.temperature
+        / model.population_temperature
+    )
     return pd.Series(softmax(mean), index=model.exposures)
 
 
