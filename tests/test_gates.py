@@ -199,12 +199,15 @@ def test_without_the_baseline_nothing_is_decided_and_the_test_units_stay_shut() 
 # -- what the design allows ---------------------------------------------------------------------
 def test_an_unreplicated_design_is_held_whatever_the_figures_say() -> None:
     loose = policy(allow_few_units=True, allow_confounded=True)
-    for found in (
-        decide(evidence(), None, {}, loose, design(is_replicated=False)),
-        decide(evidence(units=()), None, {}, loose, design(())),
-    ):
-        assert found.decision == "hold"
-        assert found.reasons[0].startswith("replicated: false")
+    found = decide(evidence(), None, {}, loose, design(is_replicated=False))
+    assert found.decision == "hold"
+    assert found.reasons[0].startswith("replicated: false")
+
+
+def test_a_design_without_test_units_is_held() -> None:
+    found = decide(evidence(units=()), None, {}, policy(allow_few_units=True), design(()))
+    assert found.decision == "hold"
+    assert found.reasons[0].startswith("no test units")
 
 
 @pytest.mark.parametrize("is_confounded", [True, None])

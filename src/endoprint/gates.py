@@ -106,9 +106,9 @@ def read_policy(path: Path) -> Policy:
         values = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         raise Refusal(f"{path.name} must be YAML", str(error), "mend the line it names") from None
-    if not isinstance(values, dict):
-        raise Refusal(f"{path.name} must hold rules", type(values).__name__, "see its schema")
-    return Policy.of(values, where=path.name)
+    if isinstance(values, dict):
+        return Policy.of(values, where=path.name)
+    raise Refusal(f"{path.name} must hold rules", type(values).__name__, "see its schema")
 
 
 # -- what is judged -----------------------------------------------------------------------------
@@ -204,14 +204,7 @@ def admit(
             if leaked
             else "no test unit was seen in fitting",
         ),
-        Check(
-            "replicated",
-            design.is_replicated and n > 0,
-            "replicated: independent units repeat the exposures"
-            if design.is_replicated and n > 0
-            else "replicated: false; no independent unit repeats an exposure",
-            "hold",
-        ),
+        Check("replicated", design.is_replicated and n > 0, _replication(design), "hold"),
         _unconfounded(policy, design),
         Check(
             "enough units",
@@ -236,6 +229,14 @@ def admit(
             if name != candidate.model
         ),
     ]
+
+
+def _replication(design: Design) -> str:
+    if not design.is_replicated:
+        return "replicated: false; no independent unit repeats an exposure"
+    if not design.test_units:
+        return "no test units: the design has too few units to set any apart"
+    return "replicated: independent units repeat the exposures"
 
 
 def _at_hand(candidate: Evidence, name: str, baseline: Evidence | None, design: Design) -> Check:
