@@ -334,9 +334,10 @@ def test_a_model_fitted_on_a_test_unit_is_rejected_unopened(lab: Workspace) -> N
     assert promotion.openings(lab, Split.read(lab.split).hash) == 0
 
 
-def test_a_backbone_that_saw_a_test_unit_is_rejected_unopened(lab: Workspace) -> None:
+@pytest.mark.parametrize("part", ["backbone", "vocabulary"])
+def test_a_base_that_saw_a_test_unit_is_rejected_unopened(lab: Workspace, part: str) -> None:
     model = weak()
-    model.provenance["backbone"] = {
+    model.provenance[part] = {
         "label": "pre-trained here",
         "units": Split.read(lab.split).test,
     }

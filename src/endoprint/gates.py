@@ -169,16 +169,16 @@ class Verdict:
         return cls(values["decision"], list(values["reasons"]), checks)
 
     @classmethod
-    def of(cls, checks: Sequence[Check]) -> Verdict:
-        """Draw the verdict: one rejection rejects, else one hold holds."""
+    def of(cls, admission: Sequence[Check], judged: Sequence[Check] = ()) -> Verdict:
+        """Draw the verdict: one rejection rejects, else one hold holds; what decided is first."""
+        checks = [*admission, *judged]
         failed = [check for check in checks if not check.passed]
         decisions = {check.if_failed for check in failed}
-        decision: Decision = (
-            "reject" if "reject" in decisions else "hold" if decisions else "promote"
-        )
-        told = failed or [check for check in checks if not check.is_caveat]
+        decision: Decision = "hold" if decisions else "promote"
+        decision = "reject" if "reject" in decisions else decision
+        told = failed or judged or [check for check in checks if not check.is_caveat]
         caveats = [check.said for check in checks if check.passed and check.is_caveat]
-        return cls(decision, [check.said for check in told] + caveats, list(checks))
+        return cls(decision, [check.said for check in told] + caveats, checks)
 
 
 # -- before the test units open -----------------------------------------------------------------
@@ -310,19 +310,19 @@ def decide(
     `baselines` holds those of the policy's that could be had, by name. Differences are paired
     over test units, at the confidence one opening of the budget must reach (judging rules 1, 2).
     """
-    checks = admit(candidate, champion, baselines, policy, design)
-    checks += _floors(candidate, policy.at_least) + _ceilings(candidate, policy.at_most)
-    checks += [
+    admission = admit(candidate, champion, baselines, policy, design)
+    judged = [
+        Check("champion", True, "there is no champion to beat")
+        if champion is None
+        else _paired("champion", candidate, champion, policy, by=policy.must_beat_champion.by)
+    ]
+    judged += [
         _against_baseline(candidate, name, baselines[name], policy)
         for name in policy.baselines
         if name != candidate.model and _is_comparable(candidate, baselines.get(name), design)
     ]
-    if champion is None:
-        checks.append(Check("champion", True, "there is no champion to beat"))
-    else:
-        margin = policy.must_beat_champion.by
-        checks.append(_paired("champion", candidate, champion, policy, by=margin))
-    return Verdict.of(checks)
+    judged += _floors(candidate, policy.at_least) + _ceilings(candidate, policy.at_most)
+    return Verdict.of(admission, judged)
 
 
 def _floors(candidate: Evidence, floors: AtLeast) -> list[Check]:

@@ -169,11 +169,12 @@ def _contender(version: Version, model: ExposureModel) -> Contender:
 
 def _known(model: ExposureModel, label: str, split_hash: str) -> Evidence:
     """Return what is known of a model before the test units open, from its own checked files."""
-    backbone = model.provenance.get("backbone") or {}
+    # what a backbone or vocabulary was fitted on counts as seen (judging rule 2)
+    parts = [model.provenance.get(part) or {} for part in ("backbone", "vocabulary")]
     seen = {
         *model.provenance.get("training_units", []),
         *model.provenance.get("validation_units", []),
-        *backbone.get("units", []),
+        *(unit for part in parts for unit in part.get("units", [])),
     }
     return Evidence(
         label=label,
