@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.special import log_softmax
 from sklearn.metrics import f1_score
 from torch import Tensor, nn
 from torch.nn import functional
@@ -21,7 +22,7 @@ from endoprint.encoder import checkpoint
 from endoprint.encoder.minibatches import Layout, assemble, plan
 from endoprint.encoder.network import Network, answer
 from endoprint.encoder.recipe import Recipe, schedule_of
-from endoprint.model import Watch
+from endoprint.model import Watch, fit_temperature
 from endoprint.tokens import Tokens
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -43,7 +44,7 @@ class Progress:
 
     epoch: int = 0  # epochs finished
     best_epoch: int = 0  # counted from 1; 0: none yet
-    best_score: tuple[float, float] = (-1.0, -float("inf"))  # macro-F1, then minus the loss
+    best_loss: float = float("inf")  # on validation cells
     has_stopped: bool = False
     history: list[dict[str, float]] = field(default_factory=list)
 
@@ -52,8 +53,10 @@ class Loop:
     """Train a network on some cells until others are called no better.
 
     Exposures weigh equally in the loss, however many cells each has, so that the logits are
-    evidence without a prior. The best epoch by validation macro-F1 (ties: by loss) is restored;
-    without validation cells the last one stays.
+    evidence without a prior. The epoch with the lowest validation loss is restored; without
+    validation cells the last one stays. The loss is taken at its best temperature, since models
+    are calibrated afterwards. Macro-F1 of some hundred cells is too coarse to choose by: chosen
+    so, the epoch before the last was taken by chance and cost .01 to .02 on unseen units.
     """
 
     def __init__(
@@ -156,10 +159,11 @@ class Loop:
             self.layout,
             minibatch_tokens=self.recipe.minibatch_tokens,
         ).logits_BE
-        truth = torch.from_numpy(self.valid.truth)
-        weight_E = self.weight_E.cpu()
-        loss = functional.cross_entropy(torch.from_numpy(logits), truth, weight_E)
-        present = np.unique(self.valid.truth)
+        present, n_cells = np.unique(self.valid.truth, return_counts=True)
+        weight = 1.0 / n_cells[np.searchsorted(present, self.valid.truth)]
+        cooled = logits / fit_temperature(logits, self.valid.truth, weight)
+        at_truth = log_softmax(cooled, axis=1)[np.arange(len(logits)), self.valid.truth]
+        loss = -np.average(at_truth, weights=weight)
         f1 = f1_score(
             self.valid.truth,
             logits.argmax(axis=1),
@@ -173,11 +177,10 @@ class Loop:
         progress = self.progress
         progress.epoch += 1
         progress.history.append(metrics)
-        if "valid_macro_f1" not in metrics:
+        if "valid_loss" not in metrics:
             return
-        score = (metrics["valid_macro_f1"], -metrics["valid_loss"])
-        if score > progress.best_score:
-            progress.best_score, progress.best_epoch = score, progress.epoch
+        if metrics["valid_loss"] < progress.best_loss:
+            progress.best_loss, progress.best_epoch = metrics["valid_loss"], progress.epoch
             self.best = checkpoint.snapshot(self.network)
         progress.has_stopped = progress.epoch - progress.best_epoch >= self.recipe.patience
 
@@ -201,7 +204,8 @@ class Loop:
             "fingerprint": self._run,
             "epoch": progress.epoch,
             "best_epoch": progress.best_epoch,
-            "best_score": list(progress.best_score),
+            # JSON has no infinity; none is there without validation cells
+            "best_loss": progress.best_loss if progress.best_epoch else None,
             "has_stopped": progress.has_stopped,
             "history": progress.history,
         }
@@ -217,7 +221,7 @@ class Loop:
         self.progress = Progress(
             epoch=int(values["epoch"]),
             best_epoch=int(values["best_epoch"]),
-            best_score=(float(values["best_score"][0]), float(values["best_score"][1])),
+            best_loss=float("inf") if values["best_loss"] is None else values["best_loss"],
             has_stopped=bool(values["has_stopped"]),
             history=list(values["history"]),
         )

@@ -160,7 +160,7 @@ class Geneformer(ExposureModel):
         if not self._vocabulary.identify(list(cells.var_names)).n_known:
             # none of the genes the model knows was measured: every cell is an empty sentence
             cells = AnnData(
-                X=sparse.csr_matrix((cells.n_obs, 1), dtype=np.float32),
+                X=sparse.csr_matrix(np.zeros((cells.n_obs, 1), dtype=np.float32)),
                 obs=pd.DataFrame(index=cells.obs_names),
                 var=pd.DataFrame(index=[self._vocabulary.genes[0]]),
             )
