@@ -22,7 +22,7 @@ from anndata import AnnData
 from safetensors.numpy import load_file, save_file
 from scipy.optimize import minimize_scalar
 from scipy.spatial.distance import cdist
-from scipy.special import log_softmax, logsumexp, softmax
+from scipy.special import log_softmax, softmax
 
 from endoprint.config import Config as AnyConfig
 from endoprint.config import Refusal
@@ -32,6 +32,7 @@ Watch = Callable[[int, dict[str, float]], None]  # (epoch, metrics); may raise P
 
 NOVELTY_NEIGHBOURS = 10  # a guess: enough to smooth, few enough to stay local
 NOVELTY_REFERENCE = 2000  # training cells kept with the model; bounds its size and its cost
+FEWEST_SAMPLES = 8  # validation samples behind a population's temperature (a guess)
 NOVELTY_QUANTILE = 0.95  # per validation unit, maximum over units
 
 
@@ -253,12 +254,13 @@ class ExposureModel(ABC):
         unit = valid.obs["unit"].astype(str).to_numpy()
         weight = 1.0 / pd.Series(unit).map(pd.Series(unit).value_counts()).to_numpy()
         self.temperature = fit_temperature(evidence, truth, weight)
-        # A population's temperature needs several whole units; with fewer, the cells' own is the
-        # cautious choice: it treats a whole sample as no surer than one cell.
+        # A population's temperature needs several samples of units never fitted on; without, the
+        # cells' own is the cautious choice: it treats a sample as no surer than its average cell.
         self.population_temperature = self.temperature
-        if self.provenance.get("is_calibration_unit_validated") and len(set(unit)) >= 3:
-            log_p = log_softmax(evidence, axis=1)
-            samples = pd.DataFrame(log_p).groupby([unit, truth], sort=True).mean()
+        sample = valid.obs["sample"].astype(str).to_numpy() if "sample" in valid.obs else unit
+        samples = pd.DataFrame(log_softmax(evidence, axis=1)).groupby([sample, truth]).mean()
+        is_whole = self.provenance.get("is_calibration_unit_validated")
+        if is_whole and len(samples) >= FEWEST_SAMPLES:
             labels = samples.index.get_level_values(1).to_numpy().astype(int)
             self.population_temperature = fit_temperature(
                 samples.to_numpy(), labels, np.ones(len(labels))
@@ -282,15 +284,20 @@ class ExposureModel(ABC):
 def fit_temperature(evidence: Array, truth: Array, weight: Array) -> float:
     """Return the temperature that makes the true exposures most likely (Guo 2017, 1706.04599).
 
-    evidence (n, E), truth (n,) column numbers, weight (n,). Searched on [0.05, 50].
+    evidence (n, E), truth (n,) column numbers, weight (n,). Searched on [0.005, 50]. Half an
+    observation is taken to have gone wrong (Platt 1999 smooths likewise): where every one is right
+    the likelihood alone would ask for certainty.
     """
+    n, n_exposures = evidence.shape
+    wrong = 0.5 / (n + 1)
 
     def loss(log_temperature: float) -> float:
-        scaled = evidence / np.exp(log_temperature)
-        at_truth = scaled[np.arange(len(truth)), truth]
-        return float(np.average(logsumexp(scaled, axis=1) - at_truth, weights=weight))
+        log_p = log_softmax(evidence / np.exp(log_temperature), axis=1)
+        at_truth = log_p[np.arange(n), truth]
+        elsewhere = (log_p.sum(axis=1) - at_truth) / (n_exposures - 1)
+        return float(np.average(-(1 - wrong) * at_truth - wrong * elsewhere, weights=weight))
 
-    found = minimize_scalar(loss, bounds=(np.log(0.05), np.log(50.0)), method="bounded")
+    found = minimize_scalar(loss, bounds=(np.log(0.005), np.log(50.0)), method="bounded")
     return float(np.exp(found.x))
 
 
