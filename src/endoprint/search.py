@@ -89,7 +89,8 @@ def tune(
         )
     if not study.trials:
         now = config.of(chosen, where="params.yaml").model_dump()
-        study.enqueue_trial({name: now[name] for name in space})
+        # None says that the fit chooses for itself: no point of the space
+        study.enqueue_trial({name: now[name] for name in space if now[name] is not None})
     failures = 0
     while (done := n_finished(study)) < n_trials:
         told(done, n_trials)

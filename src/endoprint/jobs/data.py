@@ -32,8 +32,14 @@ def init(file: str, *, folder: str, task: str = "") -> dict[str, Any]:
     from endoprint import blueprint
     from endoprint.propose import propose
 
-    params, sentences = propose(file)
-    params = {**params, **({"task": task} if task else {})}
+    proposed, sentences = propose(file)
+    params = {
+        "task": task or proposed["task"],
+        "seed": 0,
+        **{name: section for name, section in proposed.items() if name != "task"},
+        "tokens": {"vocabulary": "training"},
+        "models": {"logistic": {}, "signature": {}, "geneformer": {}},
+    }
     blueprint.write_workspace(Path(folder), params=params, check=sentences, source=Path(file))
     return {"folder": folder, "params": params, "check": sentences}
 

@@ -216,8 +216,8 @@ def _log_judgement(run: Run, judged: Judgement, cells: AnnData) -> None:
 
     control = str(cells.uns["endoprint"]["control"])
     run.metrics(judged.metrics)
-    run.table("predictions", judged.predictions)
-    run.table("samples", judged.samples)
+    run.table("predictions", judged.predictions.rename_axis("cell_id"))
+    run.table("samples", judged.samples.rename_axis("sample"))
     run.table("folds", judged.folds)
     run.record("by_unit", judged.by_unit["macro_f1"].astype(float).to_dict())
     part = "unit" if judged.is_replicated else "part"
@@ -293,9 +293,10 @@ def leaderboard(workspace: str) -> str:
     leader = str(latest["macro_f1"].astype(float).idxmax())
     controls: list[str] = []
     for model in dict.fromkeys((bar, leader)):
-        figure, said = _shuffled(space, model, str(latest.loc[model, "run_id"]), cells, split)
-        latest.loc[model, "shuffled_macro_f1"] = figure
-        controls.append(said)
+        control = _shuffled(space, model, str(latest.loc[model, "run_id"]), cells, split)
+        if control.get("is_informative"):
+            latest.loc[model, "shuffled_macro_f1"] = control["macro_f1"]
+        controls.append(str(control["said"]))
     by_unit = {
         model: runs.read_record(space, str(row["run_id"]), "by_unit")
         for model, row in latest.iterrows()
@@ -319,10 +320,10 @@ def leaderboard(workspace: str) -> str:
         model: runs.read_table(space, str(latest.loc[model, "run_id"]), "predictions")
         for model in dict.fromkeys((bar, leader))
     }
-    control = str(cells.uns["endoprint"]["control"])
+    vehicle = str(cells.uns["endoprint"]["control"])
     page.write_text(
         leaderboard_page(
-            board, predictions=predictions, control=control, provenance={"split": split.hash}
+            board, predictions=predictions, control=vehicle, provenance={"split": split.hash}
         )
     )
     with tracking.run(space, name="leaderboard", kind="leaderboard") as run:
@@ -334,14 +335,22 @@ def leaderboard(workspace: str) -> str:
 
 def _shuffled(
     space: Workspace, model: str, run_id: str, cells: AnnData, split: Split
-) -> tuple[float, str]:
-    """Return the model's macro-F1 on shuffled labels and its sentence, made once per run."""
+) -> dict[str, Any]:
+    """Return what a model came to on shuffled labels, made once per run.
+
+    A model dearer than the bar is not refitted where the shuffle could not tell anything.
+    """
     from endoprint import judge, runs, tracking
     from endoprint.model import model_class
+    from endoprint.paired import FEWEST_FOR_INTERVAL
 
     done = runs.finished(space, "control", {"control_of": run_id})
     if done:
-        return runs.final_metrics(space, done[0])["macro_f1"], runs.tag(space, done[0], "said")
+        found: dict[str, Any] = runs.read_record(space, done[0], "control")
+        return found
+    if model != BAR and len(split.development) < FEWEST_FOR_INTERVAL:
+        said = f"{model}, shuffled labels: not informative (under {FEWEST_FOR_INTERVAL} units)"
+        return {"said": f"{said}, so not run", "is_informative": False}
     config = model_class(model).Config.of(
         runs.read_record(space, run_id, "config"), where=f"models.{model}"
     )
@@ -354,11 +363,15 @@ def _shuffled(
             parent=run_id, tags={"control_of": run_id, "split_hash": split.hash},
         ) as run,
     ):  # fmt: skip
-        found = judge.shuffled_control(build, cells, split, seed=seed)
-        said = f"{model}, {found.sentence()}"
-        run.metrics({"macro_f1": found.macro_f1, "chance_macro_f1": found.chance})
-        run.tags({"said": said})
-    return found.macro_f1, said
+        control = judge.shuffled_control(build, cells, split, seed=seed)
+        told = {
+            "said": f"{model}, {control.sentence()}",
+            "macro_f1": control.macro_f1,
+            "is_informative": control.is_informative,
+        }
+        run.metrics({"macro_f1": control.macro_f1, "chance_macro_f1": control.chance})
+        run.record("control", told)
+    return told
 
 
 # -- shared by the jobs above -------------------------------------------------------------------
