@@ -54,9 +54,11 @@ SCHEMA = pa.schema(
 class TokensConfig(Config):
     """Which vocabulary a workspace's cells are told in."""
 
-    vocabulary: str = "fitted"  # fitted (on the unlabelled pool), v1, v2, a folder or a JSON file
-    dictionaries: str | None = None  # folder of the official ones, for v1 and v2; null: fetched
-    max_length: int = 2048  # tokens per cell, specials included; for a fitted vocabulary
+    # training: fitted inside every fit, on its own training cells; pool: fitted once, on the pool
+    # of unlabelled cells; v1, v2: Geneformer's own; else a folder or JSON
+    vocabulary: str = "training"
+    dictionaries: str | None = None  # folder of the official ones; null: $ENDOPRINT_DICTIONARIES
+    max_length: int = 2048  # tokens per cell, specials included; for a vocabulary fitted on a pool
 
 
 @dataclass(frozen=True, eq=False)

@@ -60,6 +60,8 @@ def run_flow(module: str, name: str) -> int:
         f"from {module} import {name}; from endoprint.cli.story import show_story; "
         f"show_story({name}('.'))"
     )
-    environment = Workspace.at(".").environment()
+    space = Workspace.at(".")
+    environment = space.environment()
+    Path(environment["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)
     done = subprocess.run([sys.executable, "-c", code], env=environment, check=False)
     return done.returncode

@@ -8,22 +8,14 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from endoprint import progress
-from endoprint.config import Config, Refusal
+from endoprint.config import Refusal
 from endoprint.workspace import Workspace
 
-OFFICIAL = ("v1", "v2")  # published vocabularies, by name
-
-
-class TokensConfig(Config):
-    """Which vocabulary the genes are ranked by."""
-
-    # pool: fitted on the pool of unlabelled cells; training: fitted inside every fit, on its own
-    # training cells; v1, v2: Geneformer's; else a folder or JSON of one's own
-    vocabulary: str = "training"
-    dictionaries: str | None = None  # folder of the official ones; null: $ENDOPRINT_DICTIONARIES
+if TYPE_CHECKING:
+    from endoprint.vocabulary import Vocabulary
 
 
 # -- a workspace's beginning --------------------------------------------------------------------
@@ -199,7 +191,7 @@ def tokenise(workspace: str) -> str:
     from endoprint import cells, tokens
     from endoprint.vocabulary import Vocabulary
 
-    config = space.params.section("tokens", TokensConfig)
+    config = space.params.section("tokens", tokens.TokensConfig)
     space.vocabulary.parent.mkdir(parents=True, exist_ok=True)
     if config.vocabulary == "training":
         return write_json(space.vocabulary, {"fitted": "inside every fit, on its training cells"})
@@ -210,9 +202,10 @@ def tokenise(workspace: str) -> str:
                 "a workspace without a pool",
                 "name cells.pool, or use training, v1, v2 or a folder",
             )
-        vocabulary = Vocabulary.fit(cells.load(space.pool))
+        vocabulary = Vocabulary.fit(cells.load(space.pool), max_length=config.max_length)
     else:
-        vocabulary = Vocabulary.load(config.vocabulary, _dictionaries(config.dictionaries))
+        folder = config.dictionaries and str(space.root / config.dictionaries)
+        vocabulary = _vocabulary(config.vocabulary, folder, space)
     vocabulary.write(space.vocabulary)
     with progress.task("tokenise") as step:
         tokens.tokenize_file(space.cells, space.tokens, vocabulary, watch=step.reach)
@@ -226,16 +219,21 @@ def tokenize_file(
     from dataclasses import asdict
 
     from endoprint import tokens
-    from endoprint.vocabulary import Vocabulary
 
-    chosen = Vocabulary.load(vocabulary, _dictionaries(dictionaries or None))
+    chosen = _vocabulary(vocabulary, dictionaries, Workspace.at("."))
     with progress.task("tokenise") as step:
         made = tokens.tokenize_file(file, out, chosen, watch=step.reach)
     return {"tokens": out, **asdict(made)}
 
 
-def _dictionaries(named: str | None) -> str | None:
-    return named or os.environ.get("ENDOPRINT_DICTIONARIES")
+def _vocabulary(name: str, dictionaries: str | None, space: Workspace) -> Vocabulary:
+    """Load a vocabulary; a published one from a folder told, by the environment, or the hub."""
+    from endoprint import tokens
+
+    folder = dictionaries or os.environ.get("ENDOPRINT_DICTIONARIES")
+    if name in ("v1", "v2") and not folder:
+        folder = str(tokens.fetch(name, space.local / "dictionaries"))
+    return tokens.Vocabulary.load(name, folder)
 
 
 def _cells_config(workspace: str) -> tuple[Workspace, Any]:
