@@ -21,7 +21,14 @@ from endoprint.jobs.data import (
 )
 from endoprint.jobs.fitting import figures_of, leaderboard, pretrain, search, search_result, train
 from endoprint.jobs.live import gc, promote, register, score
-from endoprint.jobs.story import Step, last_screen, leaderboard_screen, story_steps, tell
+from endoprint.jobs.story import (
+    Step,
+    last_screen,
+    leaderboard_screen,
+    model_names,
+    story_steps,
+    tell,
+)
 
 __all__ = [
     "Step",
@@ -36,6 +43,7 @@ __all__ = [
     "last_screen",
     "leaderboard",
     "leaderboard_screen",
+    "model_names",
     "prepare",
     "pretrain",
     "promote",
