@@ -58,6 +58,17 @@ def score(workspace: str, *, file: str, out: str, model: str = "") -> str:
         return _report(space, fitted, version, place)
 
 
+def score_if_live(workspace: str, *, file: str, out: str) -> str:
+    """End a story: score with the champion, or, where a verdict left none live, not at all ("").
+
+    A first version that is held or rejected is an answer too, and the story tells it.
+    """
+    from endoprint import registry
+
+    is_live = registry.champion(Workspace.at(workspace)) is not None
+    return score(workspace, file=file, out=out) if is_live else ""
+
+
 def _report(space: Workspace, model: Any, version: Any, place: Path) -> str:
     """Write `report.html` and `samples.json` beside the scores; return the summary's path."""
     import pandas as pd

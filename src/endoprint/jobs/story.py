@@ -52,8 +52,13 @@ def story_steps(workspace: str) -> list[Step]:
         Step("promote", live.promote),
     ]
     if params.score:
-        steps += [Step("score", live.score, {"file": params.score, "out": SCORES})]
+        steps += [Step("score", live.score_if_live, {"file": params.score, "out": SCORES})]
     return steps
+
+
+def model_names(workspace: str) -> list[str]:
+    """Return the field that this workspace compares, in the order of its values."""
+    return list(Workspace.at(workspace).params.models)
 
 
 def tell(
@@ -65,7 +70,7 @@ def tell(
     """
     space = Workspace.at(workspace)
     verdict = json.loads(Path(told["promote"]).read_text())
-    scored = json.loads(Path(told["score"]).read_text()) if "score" in told else {}
+    scored = json.loads(Path(told["score"]).read_text()) if told.get("score") else {}
     board = json.loads(Path(told["leaderboard"]).read_text())
     return write_json(
         space.local / "story.json",
