@@ -37,10 +37,16 @@ def score(
     as_json: Json = False,
 ) -> None:
     """Say of every cell what it was exposed to, with the champion."""
-    path = Path(jobs.score(str(workspace), file=str(file), out=str(out_dir), model=model))
+    # typed paths are from here, whichever workspace is meant
+    path = Path(
+        jobs.score(
+            str(workspace), file=str(file.absolute()), out=str(out_dir.absolute()), model=model
+        )
+    )
     summary = json.loads(path.read_text())
-    lines = [*summary.get("sentences", []), f"{summary['n_cells']} cells scored: {out_dir}"]
-    say(summary, "\n".join(lines), as_json)
+    samples = json.loads(path.with_name("samples.json").read_text())
+    lines = [sample["sentence"] for sample in samples.values()]
+    say(summary, "\n".join([*lines, f"{summary['n_cells']} cells scored: {out_dir}"]), as_json)
 
 
 @app.command()
