@@ -44,6 +44,13 @@ class Workspace:
         """Open the workspace in a folder; nothing is created or read yet."""
         return cls(Path(folder).resolve())
 
+    @classmethod
+    def open(cls, folder: str | Path) -> Workspace:
+        """Open a workspace whose values are read now: mistakes are said before a slow import."""
+        space = cls.at(folder)
+        _ = space.params
+        return space
+
     @cached_property
     def params(self) -> Params:
         """The values this workspace chose."""

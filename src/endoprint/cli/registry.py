@@ -57,7 +57,7 @@ def ui(
     """Open MLflow's UI on the workspace's store, on this machine only, until Ctrl-C."""
     from endoprint.workspace import Workspace
 
-    space = Workspace.at(workspace)
+    space = Workspace.open(workspace)
     space.local.mkdir(parents=True, exist_ok=True)
     typer.echo(f"MLflow on http://127.0.0.1:{port}  (Ctrl-C stops it)")
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]

@@ -40,7 +40,7 @@ def attach(workspace: str, *, file: str) -> str:
     """Let a workspace's source be a link to this file; return the link."""
     from endoprint import blueprint
 
-    space = Workspace.at(workspace)
+    space = Workspace.open(workspace)
     link = space.root / str(space.params.cells.get("source") or "data/raw/cells.h5ad")
     blueprint.link_source(link, Path(file))
     return str(link)
@@ -48,7 +48,7 @@ def attach(workspace: str, *, file: str) -> str:
 
 def simulate(workspace: str) -> str:
     """Simulate the demo's atlas, its pool and its new samples; return the atlas's path."""
-    space = Workspace.at(workspace)
+    space = Workspace.open(workspace)
     places = {"out": "source", "pool": "pool"}
     paths = {name: space.params.cells.get(key, "") for name, key in places.items()}
     paths |= {"new": space.params.score or ""}
@@ -89,8 +89,7 @@ def simulate_to(
 # -- the stages of dvc.yaml ---------------------------------------------------------------------
 def prepare(workspace: str) -> str:
     """Bring a workspace's data up to date with `dvc repro`; return the path of dvc.lock."""
-    space = Workspace.at(workspace)
-    _ = space.params  # a mistake in it is said before DVC says it less well
+    space = Workspace.open(workspace)
     with progress.task("prepare (dvc repro)"):
         done = subprocess.run(
             [sys.executable, "-m", "dvc", "repro"],
@@ -172,7 +171,7 @@ def audit_file(
 
 def split(workspace: str) -> str:
     """Divide whole units into test, development folds and validation; return the split's path."""
-    space = Workspace.at(workspace)
+    space = Workspace.open(workspace)
     from endoprint import cells, design
 
     config = space.params.section("design", design.DesignConfig)
@@ -187,7 +186,7 @@ def tokenise(workspace: str) -> str:
     Where the vocabulary is fitted inside every fit, there are no tokens to make beforehand, and
     the file says so.
     """
-    space = Workspace.at(workspace)
+    space = Workspace.open(workspace)
     from endoprint import cells, tokens
     from endoprint.vocabulary import Vocabulary
 
@@ -237,9 +236,9 @@ def _vocabulary(name: str, dictionaries: str | None, space: Workspace) -> Vocabu
 
 
 def _cells_config(workspace: str) -> tuple[Workspace, Any]:
+    space = Workspace.open(workspace)
     from endoprint.cells import CellsConfig
 
-    space = Workspace.at(workspace)
     return space, space.params.section("cells", CellsConfig).located(space.root)
 
 

@@ -30,7 +30,7 @@ def pretrain(workspace: str) -> str:
 
     The same pool, vocabulary and values give the run that stands already.
     """
-    space = Workspace.at(workspace)
+    space = Workspace.open(workspace)
     from endoprint import cells, runs, tokens, tracking
     from endoprint.encoder.pretrain import PretrainConfig
     from endoprint.encoder.pretrain import pretrain as learn
@@ -84,7 +84,7 @@ def pretrain(workspace: str) -> str:
 # -- search -------------------------------------------------------------------------------------
 def search(workspace: str, *, model: str, trials: int) -> str:
     """Tune a model on development folds; return the run id of the study."""
-    space = Workspace.at(workspace)
+    space = Workspace.open(workspace)
     from endoprint import judge, tracking
     from endoprint import search as optuna_search
     from endoprint.model import model_class
@@ -128,7 +128,7 @@ def search(workspace: str, *, model: str, trials: int) -> str:
 
 def search_result(workspace: str, *, model: str) -> dict[str, Any]:
     """Return the winner of a model's study: values, figure, and the diff it proposes."""
-    space = Workspace.at(workspace)
+    space = Workspace.open(workspace)
     from endoprint import search as optuna_search
     from endoprint.design import Split
 
@@ -163,7 +163,7 @@ def train(workspace: str, *, model: str, tuned: str = "") -> str:
     `tuned`: not empty: with the values its search found. Returns the run id; the run holds
     figures, tables, lineage and the fitted model.
     """
-    space = Workspace.at(workspace)
+    space = Workspace.open(workspace)
     from endoprint import artefact, judge, tracking
     from endoprint.lineage import metered
     from endoprint.model import model_class
@@ -272,7 +272,7 @@ def leaderboard(workspace: str) -> str:
 
     The bar and the leader also meet shuffled labels, where there are units enough to shuffle in.
     """
-    space = Workspace.at(workspace)
+    space = Workspace.open(workspace)
     import pandas as pd
 
     from endoprint import runs, tracking
@@ -379,7 +379,6 @@ def _cells_and_split(space: Workspace) -> tuple[AnnData, Split]:
     from endoprint import cells
     from endoprint.design import Split
 
-    _ = space.params
     if not space.split.is_file() or not space.cells.is_file():
         raise Refusal(
             "a fit needs curated cells and a split", "neither here yet", "run `dvc repro` first"

@@ -15,12 +15,11 @@ from endoprint.workspace import Workspace
 
 def register(workspace: str, *, run_id: str = "") -> str:
     """Make a run's model (the leader's, unless told) `@candidate`; return its version."""
-    space = Workspace.at(workspace)
+    space = Workspace.open(workspace)
     from endoprint import registry
 
     if not run_id:
         board = space.local / "leaderboard.json"
-        _ = space.params
         if not board.is_file():
             raise Refusal(
                 "a candidate comes from the leaderboard",
@@ -33,7 +32,7 @@ def register(workspace: str, *, run_id: str = "") -> str:
 
 def promote(workspace: str, *, version: str = "") -> str:
     """Judge a version on the test units by the policy; return the verdict's path (JSON)."""
-    space = Workspace.at(workspace)
+    space = Workspace.open(workspace)
     from endoprint import promotion
 
     with progress.task("promote"):
@@ -46,7 +45,7 @@ def score(workspace: str, *, file: str, out: str, model: str = "") -> str:
 
     Beside the scores lies `report.html`, which says one sentence per sample first.
     """
-    space = Workspace.at(workspace)
+    space = Workspace.open(workspace)
     from endoprint import registry, scoring
     from endoprint.cells import CellsConfig
 
@@ -104,10 +103,9 @@ def _report(space: Workspace, model: Any, version: Any, place: Path) -> str:
 
 def gc(workspace: str, *, delete: bool = False) -> dict[str, Any]:
     """Find (or delete) what no version needs: failed and killed runs, scratch, old backbones."""
-    space = Workspace.at(workspace)
+    space = Workspace.open(workspace)
     from endoprint import runs, tracking
 
-    _ = space.params
     closed = tracking.sweep(space)
     unneeded, scratch = runs.unneeded(space), runs.scratch(space)
     items = [f"run {run_id} ({status})" for run_id, status in unneeded.items()]
