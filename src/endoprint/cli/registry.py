@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -63,7 +63,8 @@ def ui(
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
     command += ["--port", str(port), "--backend-store-uri", space.tracking_uri]
     command += ["--default-artifact-root", space.artifacts]
-    raise typer.Exit(subprocess.run(command, env=space.environment(), check=False).returncode)
+    # in this process's place: whoever stops the command stops the server, nothing is orphaned
+    os.execve(sys.executable, command, space.environment())
 
 
 @app.command()
