@@ -3,9 +3,11 @@
 Beside the backbone stands a shallow path, off by one switch: every gene votes for every exposure
 by its rank weight alone (wide and deep learning, Cheng 2016, 1606.07792). It is an extension of
 ours, not Geneformer. Responses spread over thousands of genes are almost additive, and a random or
-briefly pre-trained backbone of some thousand cells does not find them by itself: on 1,500
-simulated cells, 15 exposures, macro-F1 .56 without the votes, .62 with them, logistic regression
-.63. Votes start at zero, so the backbone decides from the start whatever they cannot.
+briefly pre-trained backbone does not find them by itself in some thousand cells: on 1,500
+simulated cells of 15 exposures, macro-F1 .39 (layers, 5 epochs) to .57 (no layers, 8 epochs)
+without the votes, .62 with them, logistic regression .63. Where one response is strong (interferon
+in blood cells, an unseen donor) the backbone alone is level with both, at .99.
+Votes start at zero, so the backbone decides from the start whatever they cannot.
 
 Shapes: B cells, N their tokens, R rows, T tokens of a row, D width, E exposures, V vocabulary.
 """
