@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -12,16 +13,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from conftest import a_workspace
+from endoprint import jobs
 from test_schedule import free_port
 
-from endoprint import jobs
-
 BROWSER = shutil.which("chromium")
-QUIET = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
-    "--disable-background-networking --disable-component-update --virtual-time-budget=25000"
-).split()
+QUIET = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-sync", "--disable-background-networking", "--disable-component-update",
+    "--virtual-time-budget=25000",
+]  # fmt: skip
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.slow,
@@ -53,7 +55,7 @@ def ui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             assert time.monotonic() < deadline, "MLflow did not answer"
             time.sleep(0.5)
     yield address
-    os.killpg(server.pid, 15)
+    os.killpg(server.pid, signal.SIGTERM)
     server.wait(30)
 
 
@@ -74,6 +76,6 @@ def test_the_runs_of_a_task_stand_in_the_ui_under_their_models_names(
 
 
 def test_the_champion_can_be_found_in_the_registry(ui: str, tmp_path: Path) -> None:
-    seen = page(f"{ui}/#/models/endoprint-hormones", tmp_path)
+    seen = page(f"{ui}/#/models/endoprint-tiny", tmp_path)
     assert "Version 1" in seen
     assert "champion" in seen
