@@ -239,6 +239,8 @@ def _log_origin(
 
     unit = cells.obs["unit"].astype(str)
     backbone = final.provenance.get("backbone")
+    note = final.provenance.get("note")  # what the model's name does not say
+    said = [text for text in (backbone and backbone["label"], note) if text]
     lineage = Lineage.of(
         space,
         model=final.name,
@@ -251,7 +253,7 @@ def _log_origin(
             "test": split.test,
         },
         split_hash=split.hash,
-        base_model=BaseModelUsed(label=backbone["label"], sha256=backbone["sha256"])
+        base_model=BaseModelUsed(label="; ".join(said), sha256=backbone["sha256"])
         if backbone
         else None,
         cost=cost,

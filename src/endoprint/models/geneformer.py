@@ -93,6 +93,8 @@ class Geneformer(ExposureModel):
             "epochs": progress.epoch,
             "best_epoch": progress.best_epoch,
         }
+        if self.config.has_votes:
+            self.provenance["note"] = "each gene also votes directly, which is no part of Geneformer"
 
     def _choose_vocabulary(self, train: AnnData) -> Vocabulary:
         """Take the workspace's, else the backbone's own, else fit one on the training cells."""
