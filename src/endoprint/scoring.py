@@ -159,12 +159,15 @@ def score(
 
 
 def job_key(model_sha256: str, inputs: list[Input], cells: CellsConfig) -> str:
-    """Return what a job is known by: the same key means the same rows, byte for byte."""
+    """Return what a job is known by: the same key means the same rows, byte for byte.
+
+    Where the workspace's own cells lie is no rule of reading these.
+    """
     return hash_of(
         {
             "model": model_sha256,
             "inputs": [[each.file, each.md5] for each in inputs],
-            "cells": cells.model_dump(mode="json"),
+            "cells": cells.model_dump(mode="json", exclude={"source", "pool"}),
             "format": FORMAT,
         }
     )
