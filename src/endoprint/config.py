@@ -84,6 +84,7 @@ class Params(Config):
     task: str  # names what is asked of the data; experiment and registered model carry it
     seed: int = 0
     score: str | None = None  # unlabelled cells (a file or a folder) that `endoprint run` scores
+    checkpoint: str | None = None  # folder of a pre-trained encoder; none: the pool's, if any
     cells: dict[str, Any] = {}
     design: dict[str, Any] = {}
     tokens: dict[str, Any] = {}

@@ -19,8 +19,9 @@ from endoprint.jobs.data import (
     tokenise,
     tokenize_file,
 )
-from endoprint.jobs.fitting import figures_of, leaderboard, pretrain, search, search_result, train
+from endoprint.jobs.fitting import figures_of, leaderboard, pretrain, train
 from endoprint.jobs.live import gc, promote, register, score
+from endoprint.jobs.searching import search, search_result
 from endoprint.jobs.story import (
     Step,
     last_screen,

@@ -1,4 +1,4 @@
-"""Jobs that fit and compare: pretrain, search, train, leaderboard. Every fit is an MLflow run."""
+"""Jobs that fit and compare: pretrain, train, leaderboard. Every fit is an MLflow run."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from endoprint import progress
 from endoprint.config import Refusal
 from endoprint.jobs.data import write_json
+from endoprint.jobs.materials import both, cells_and_split, resources, scratch
+from endoprint.jobs.searching import search_result
 from endoprint.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
     from endoprint.design import Parts, Split
     from endoprint.judge import Judgement
-    from endoprint.model import ExposureModel, Resources, Watch
+    from endoprint.model import ExposureModel
     from endoprint.tracking import Run
 
 BAR = "logistic"  # what every model is compared with, unless the field lacks it
@@ -61,7 +63,7 @@ def pretrain(workspace: str) -> str:
         progress.task("pretrain", config.epochs) as step,
         tracking.run(space, name="pretrain", kind="pretrain") as run,
     ):
-        folder = _scratch(space, run.run_id)
+        folder = scratch(space, run.run_id)
         run.params(config)
         told = learn(
             tokens.of(pool, vocabulary),
@@ -70,7 +72,7 @@ def pretrain(workspace: str) -> str:
             folder,
             units=sorted(set(pool.obs["unit"].astype(str))),
             seed=space.params.seed,
-            watch=_both(run.watch, step.watch),
+            watch=both(run.watch, step.watch),
         )
         figures = ("n_cells", "epochs", "loss_before", "loss_after", "loss_of_frequencies")
         run.metrics({name: told[name] for name in figures})
@@ -79,81 +81,6 @@ def pretrain(workspace: str) -> str:
         run.tags({"pretrain_key": key, "vocabulary_sha256": vocabulary.sha256})
         shutil.rmtree(folder)
     return run.run_id
-
-
-# -- search -------------------------------------------------------------------------------------
-def search(workspace: str, *, model: str, trials: int) -> str:
-    """Tune a model on development folds; return the run id of the study."""
-    space = Workspace.open(workspace)
-    from endoprint import judge, tracking
-    from endoprint import search as optuna_search
-    from endoprint.model import model_class
-
-    config = space.params.section("search", optuna_search.SearchConfig)
-    cls = model_class(model)
-    chosen = dict(space.params.models.get(model, {}))
-    cells, split = _cells_and_split(space)
-    resources = _resources(space)
-    seed = space.params.seed
-    name = f"{space.params.task}-{model}-{split.hash[:12]}"
-    study = optuna_search.open_study(space.journals / f"{model}.log", name, seed=seed)
-    folds = range(min(config.n_folds, split.n_folds))
-
-    with (
-        progress.task(f"search {model}", trials) as step,
-        tracking.run(space, name=f"search {model}", kind="search", model=model) as parent,
-    ):
-
-        def objective(trial: optuna_search.Trial) -> float:
-            values = cls.Config.of({**chosen, **trial.values}, where=f"models.{model}")
-            with tracking.run(
-                space, name=f"{model} trial {trial.number}", kind="trial", model=model,
-                parent=parent.run_id, tags={"study": name, "split_hash": split.hash},
-            ) as run:  # fmt: skip
-                run.params(values)
-                judged = judge.cross_fit(
-                    lambda: cls(values, seed=seed, resources=resources),
-                    cells, split, folds=folds, watch=_both(run.watch, trial.watch), seed=seed,
-                )  # fmt: skip
-                run.metrics(judged.metrics)
-            return judged.metrics["macro_f1"]
-
-        optuna_search.tune(study, cls.Config, chosen, objective, n_trials=trials, told=step.reach)
-        result = _search_result(space, model, study)
-        parent.metrics({"best_macro_f1": result["best_macro_f1"], "n_trials": float(trials)})
-        parent.params(result["values"])
-        parent.record("winner", result)
-    return parent.run_id
-
-
-def search_result(workspace: str, *, model: str) -> dict[str, Any]:
-    """Return the winner of a model's study: values, figure, and the diff it proposes."""
-    space = Workspace.open(workspace)
-    from endoprint import search as optuna_search
-    from endoprint.design import Split
-
-    name = f"{space.params.task}-{model}-{Split.read(space.split).hash[:12]}"
-    study = optuna_search.open_study(space.journals / f"{model}.log", name, seed=space.params.seed)
-    return _search_result(space, model, study)
-
-
-def _search_result(space: Workspace, model: str, study: Any) -> dict[str, Any]:
-    from endoprint import search as optuna_search
-
-    values = optuna_search.winner(study)
-    diff = optuna_search.proposal(space.root / "params.yaml", model, values)
-    said = (
-        f"{study.best_value:.3f} macro-F1 on development folds, "
-        f"the best of {optuna_search.n_finished(study)} trials"
-    )
-    return {
-        "model": model,
-        "values": values,
-        "best_macro_f1": float(study.best_value),
-        "n_finished": optuna_search.n_finished(study),
-        "diff": diff,
-        "text": f"{model}: {said}\n{diff}" if diff else f"{model}: {said}; params.yaml has them",
-    }
 
 
 # -- training -----------------------------------------------------------------------------------
@@ -173,8 +100,8 @@ def train(workspace: str, *, model: str, tuned: str = "") -> str:
     if tuned:
         values |= search_result(workspace, model=model)["values"]
     config = cls.Config.of(values, where=f"models.{model}")
-    cells, split = _cells_and_split(space)
-    build = partial(cls, config, seed=space.params.seed, resources=_resources(space))
+    cells, split = cells_and_split(space)
+    build = partial(cls, config, seed=space.params.seed, resources=resources(space))
     with (
         progress.task(f"train {model}", split.n_folds + 1) as step,
         tracking.run(
@@ -183,7 +110,7 @@ def train(workspace: str, *, model: str, tuned: str = "") -> str:
     ):
         run.params(config)
         run.record("config", config.model_dump(mode="json"))
-        scratch = _scratch(space, run.run_id)
+        work = scratch(space, run.run_id)
         with metered() as meter:
             judged = judge.cross_fit(
                 build, cells, split,
@@ -192,15 +119,15 @@ def train(workspace: str, *, model: str, tuned: str = "") -> str:
             parts = split.parts(cells.obs, None)
             final = build().fit(
                 cells[parts.train].copy(), cells[parts.valid].copy(),
-                watch=run.watch, work=scratch / "work",
+                watch=run.watch, work=work / "fit",
             )  # fmt: skip
-        folder = scratch / "model"
+        folder = work / "model"
         final.save(folder)
         run.model(folder, sha256=artefact.digest(folder))
         _log_judgement(run, judged, cells)
         run.metrics({"n_parameters": final.n_parameters()})
         _log_origin(space, run, final, cells, split, parts, meter.cost)
-        shutil.rmtree(scratch)
+        shutil.rmtree(work)
     return run.run_id
 
 
@@ -280,7 +207,7 @@ def leaderboard(workspace: str) -> str:
     from endoprint import runs, tracking
     from endoprint.report import Board, leaderboard_page
 
-    cells, split = _cells_and_split(space)
+    cells, split = cells_and_split(space)
     table = tracking.runs_table(space, kind="train", split_hash=split.hash)
     latest = table[table["model"].isin(list(space.params.models))]
     latest = latest.drop_duplicates("model", keep="first").set_index("model", append=True)
@@ -357,7 +284,7 @@ def _shuffled(
         runs.read_record(space, run_id, "config"), where=f"models.{model}"
     )
     seed = space.params.seed
-    build = partial(model_class(model), config, seed=seed, resources=_resources(space))
+    build = partial(model_class(model), config, seed=seed, resources=resources(space))
     with (
         progress.task(f"shuffled labels, {model}"),
         tracking.run(
@@ -374,44 +301,3 @@ def _shuffled(
         run.metrics({"macro_f1": control.macro_f1, "chance_macro_f1": control.chance})
         run.record("control", told)
     return told
-
-
-# -- shared by the jobs above -------------------------------------------------------------------
-def _cells_and_split(space: Workspace) -> tuple[AnnData, Split]:
-    from endoprint import cells
-    from endoprint.design import Split
-
-    if not space.split.is_file() or not space.cells.is_file():
-        raise Refusal(
-            "a fit needs curated cells and a split", "neither here yet", "run `dvc repro` first"
-        )
-    return cells.load(space.cells), Split.read(space.split)
-
-
-def _resources(space: Workspace) -> Resources:
-    """Return what the workspace offers every model; what it lacks is None."""
-    from endoprint import runs
-    from endoprint.model import Resources
-
-    if not space.tokens.is_file():
-        return Resources()
-    sha256 = json.loads(space.vocabulary.read_text())["sha256"]
-    found = runs.finished(space, "pretrain", {"vocabulary_sha256": sha256})
-    backbone = None
-    if found:
-        backbone = runs.fetch(space, found[0], "backbone", space.local / "backbones")
-    return Resources(vocabulary=space.vocabulary, tokens=space.tokens, backbone=backbone)
-
-
-def _scratch(space: Workspace, run_id: str) -> Path:
-    folder = space.local / "work" / run_id
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _both(first: Watch, second: Watch) -> Watch:
-    def watch(epoch: int, metrics: dict[str, float]) -> None:
-        first(epoch, metrics)
-        second(epoch, metrics)
-
-    return watch

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from endoprint.jobs import data, fitting, live
+from endoprint.jobs import data, fitting, live, searching
 from endoprint.jobs.data import write_json
 from endoprint.workspace import Workspace
 
@@ -37,7 +37,7 @@ def story_steps(workspace: str) -> list[Step]:
     steps += [Step("pretrain", fitting.pretrain)] if params.pretrain else []
     if searched:
         told: dict[str, str | int] = {"model": searched, "trials": int(params.search["trials"])}
-        steps += [Step(f"search {searched}", fitting.search, told)]
+        steps += [Step(f"search {searched}", searching.search, told)]
     steps += [
         Step(
             f"train {model}",

@@ -42,6 +42,9 @@ Array = np.ndarray[Any, np.dtype[Any]]
 SCRATCH = "endoprint small backbone, random start, never pre-trained; not the published Geneformer"
 
 
+VOTES = "each gene also votes directly, which is no part of Geneformer"
+
+
 class GeneformerConfig(Recipe):
     """The shared levers, and the shape of a backbone where none is given."""
 
@@ -94,7 +97,7 @@ class Geneformer(ExposureModel):
             "best_epoch": progress.best_epoch,
         }
         if self.config.has_votes:
-            self.provenance["note"] = "each gene also votes directly, which is no part of Geneformer"
+            self.provenance["note"] = VOTES
 
     def _choose_vocabulary(self, train: AnnData) -> Vocabulary:
         """Take the workspace's, else the backbone's own, else fit one on the training cells."""
