@@ -175,7 +175,9 @@ class Columns:
 
     @classmethod
     def of(cls, var: pd.DataFrame, vocabulary: Vocabulary) -> Columns:
-        identifiers = [str(name) for name in var.get("ensembl_id", var.index)]
+        # upstream's name for the column, then the one 10x files are read under
+        stated = var.get("ensembl_id", var.get("gene_ids", var.index))
+        identifiers = [str(name) for name in stated]
         found = vocabulary.identify(identifiers)
         if not found.n_known:
             raise Refusal(

@@ -113,9 +113,10 @@ class TokenFile:
 def of(cells: AnnData, vocabulary: Vocabulary, cache: Path | None = None) -> Tokens:
     """Return the tokens of cells, in their order: the only way in for every model.
 
-    `cells`: raw counts; identifiers in `var["ensembl_id"]`, else `var_names`. `cache`: a parquet
-    that `tokenize_file` wrote, used only if it tells of these cells (fingerprint in `uns`), these
-    genes and this vocabulary, and only if all of it fits; else the tokens are computed.
+    `cells`: raw counts; identifiers in `var["ensembl_id"]`, `var["gene_ids"]` or `var_names`,
+    whichever comes first. `cache`: a parquet that `tokenize_file` wrote, used only if it tells of
+    these cells (fingerprint in `uns`), these genes and this vocabulary, and only if all of it
+    fits; else the tokens are computed.
     """
     columns = Columns.of(cells.var, vocabulary)
     counts = as_csr(cells.X)
