@@ -10,6 +10,7 @@ import typer
 
 from endoprint import jobs
 from endoprint.cli import Folder, Json, app, say
+from endoprint.config import Refusal
 
 
 @app.command()
@@ -93,6 +94,10 @@ def audit(
     if file is None:
         _say_file(jobs.audit(str(workspace)), as_json=True)
         return
+    if not exposure:
+        raise Refusal(
+            "a file is audited by its own columns", "no --exposure", "name the one of the exposure"
+        )
     found = jobs.audit_file(
         str(file), exposure=exposure, units=unit or [], batch=batch, control=control
     )
@@ -117,9 +122,11 @@ def tokenize(
     as_json: Json = False,
 ) -> None:
     """Rank the genes of every cell into tokens (cell_id, tokens, n_tokens; input order)."""
-    if file is None or out is None:
+    if file is None:
         _say_file(jobs.tokenise(str(workspace)), as_json)
         return
+    if out is None:
+        raise Refusal("a file is tokenised into another", "no OUT", "name the parquet to write")
     made = jobs.tokenize_file(
         str(file), out=str(out), vocabulary=vocabulary, dictionaries=str(dictionaries or "")
     )
