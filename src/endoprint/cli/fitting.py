@@ -41,8 +41,10 @@ def train(
     """Fit one model: judged on held-out development units, then fitted on all of them."""
     run = jobs.train(str(workspace), model=model, tuned="yes" if tuned else "")
     figures = jobs.figures_of(str(workspace), run)
-    text = f"{model}: macro-F1 {figures['macro_f1']:.3f} on held-out development units; run {run}"
-    say({"run_id": run, "metrics": figures}, text, as_json)
+    stops = jobs.stops(str(workspace))
+    part = "parts" if stops and stops[0].startswith("replicated: false") else "units"
+    text = f"{model}: macro-F1 {figures['macro_f1']:.3f} on held-out development {part}; run {run}"
+    say({"run_id": run, "metrics": figures, "stops": stops}, "\n".join([*stops, text]), as_json)
 
 
 @app.command()

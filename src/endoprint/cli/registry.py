@@ -45,7 +45,8 @@ def score(
     )
     summary = json.loads(path.read_text())
     samples = json.loads(path.with_name("samples.json").read_text())
-    lines = [sample["sentence"] for sample in samples.values()]
+    lines = jobs.stops(str(workspace))  # what the training data forbid stands before any call
+    lines += [sample["sentence"] for sample in samples.values()]
     say(summary, "\n".join([*lines, f"{summary['n_cells']} cells scored: {out_dir}"]), as_json)
 
 

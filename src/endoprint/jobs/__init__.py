@@ -16,6 +16,7 @@ from endoprint.jobs.data import (
     simulate,
     simulate_to,
     split,
+    stops,
     tokenise,
     tokenize_file,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "simulate",
     "simulate_to",
     "split",
+    "stops",
     "story_steps",
     "tell",
     "tokenise",

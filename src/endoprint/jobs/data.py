@@ -90,6 +90,13 @@ def simulate_to(
 def prepare(workspace: str) -> str:
     """Bring a workspace's data up to date with `dvc repro`; return the path of dvc.lock."""
     space = Workspace.open(workspace)
+    source = str(space.params.cells.get("source") or "")
+    if source and "$" not in source and not (space.root / source).exists():
+        raise Refusal(
+            "a workspace's cells are at cells.source",
+            f"nothing at {source}",
+            "link yours with `endoprint run --file PATH`",
+        )
     with progress.task("prepare (dvc repro)"):
         done = subprocess.run(
             [sys.executable, "-m", "dvc", "repro"],
@@ -98,9 +105,11 @@ def prepare(workspace: str) -> str:
     if done.returncode:
         said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         own = [line.removeprefix("endoprint: ") for line in said if line.startswith("endoprint: ")]
-        raise Refusal(
-            "dvc repro must succeed", " | ".join(own or said[-3:]), "mend that and run it again"
-        )
+        if own:  # a stage refused in our own words: say them, not that DVC minds
+            rule, _, rest = own[0].partition("; got ")
+            got, _, remedy = rest.rpartition("; ")
+            raise Refusal(rule, got, remedy)
+        raise Refusal("dvc repro must succeed", " | ".join(said[-3:]), "mend that, run it again")
     return str(space.root / "dvc.lock")
 
 
@@ -152,6 +161,17 @@ def audit(workspace: str) -> str:
         line="line" if config.line_key else None,
     )
     return write_json(space.audit, found.to_json())
+
+
+def stops(workspace: str) -> list[str]:
+    """Return the sentences of a workspace's audit that must stand before any figure or call."""
+    space = Workspace.open(workspace)
+    if not space.audit.is_file():
+        return []
+    from endoprint.report.board import STOPS
+
+    warnings = json.loads(space.audit.read_text())["warnings"]
+    return [str(said) for said in warnings if said.startswith(STOPS)]
 
 
 def audit_file(
