@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from endoprint.tracking import Run
 
 BAR = "logistic"  # what every model is compared with, unless the field lacks it
+FEWEST_TO_SHUFFLE = 3  # units; of two, and two exposures, half of all shuffles change nothing
 
 
 # -- pre-training -------------------------------------------------------------------------------
@@ -267,7 +268,8 @@ def _shuffled(
 ) -> dict[str, Any]:
     """Return what a model came to on shuffled labels, made once per run.
 
-    A model dearer than the bar is not refitted where the shuffle could not tell anything.
+    A model dearer than the bar is not refitted where the shuffle could not tell anything; nor is
+    the bar where a permutation can hardly be other than the truth or its mirror image.
     """
     from endoprint import judge, runs, tracking
     from endoprint.model import model_class
@@ -277,9 +279,11 @@ def _shuffled(
     if done:
         found: dict[str, Any] = runs.read_record(space, done[0], "control")
         return found
-    if model != BAR and len(split.development) < FEWEST_FOR_INTERVAL:
-        said = f"{model}, shuffled labels: not informative (under {FEWEST_FOR_INTERVAL} units)"
-        return {"said": f"{said}, so not run", "is_informative": False}
+    n_units = 0 if split.is_technical else len(split.development)
+    if n_units < (FEWEST_TO_SHUFFLE if model == BAR else FEWEST_FOR_INTERVAL):
+        why = f"under {FEWEST_FOR_INTERVAL} units" if n_units else "no independent units"
+        said = f"{model}, shuffled labels: not informative ({why}), so not run"
+        return {"said": said, "is_informative": False}
     config = model_class(model).Config.of(
         runs.read_record(space, run_id, "config"), where=f"models.{model}"
     )

@@ -119,8 +119,11 @@ def last_screen(workspace: str) -> RenderableType:
         }
         calls = json.loads((scores / "samples.json").read_text())
         samples = [row["sentence"] for row in calls.values()]
+    asked = "what were these cells exposed to?"
+    if not champion["version"]:
+        asked += f" (nothing is live: add --model models:/{space.experiment}/{verdict['version']})"
     following += [
-        (f"endoprint score CELLS.h5ad OUT{option}", "what were these cells exposed to?"),
+        (f"endoprint score CELLS.h5ad OUT{option}", asked),
         ("endoprint init CELLS.h5ad DIR", "the same story on cells of your own"),
     ]
     if told["flow_run_id"]:
