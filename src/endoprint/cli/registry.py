@@ -54,13 +54,15 @@ def score(
 def ui(
     port: Annotated[int, typer.Option(help="on 127.0.0.1")] = 5000,
     workspace: Folder = Path(),
+    as_json: Json = False,
 ) -> None:
     """Open MLflow's UI on the workspace's store, on this machine only, until Ctrl-C."""
     from endoprint.workspace import Workspace
 
     space = Workspace.open(workspace)
     space.local.mkdir(parents=True, exist_ok=True)
-    typer.echo(f"MLflow on http://127.0.0.1:{port}  (Ctrl-C stops it)")
+    address = f"http://127.0.0.1:{port}"
+    say({"address": address}, f"MLflow on {address}  (Ctrl-C stops it)", as_json)
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
     command += ["--port", str(port), "--backend-store-uri", space.tracking_uri]
     command += ["--default-artifact-root", space.artifacts]

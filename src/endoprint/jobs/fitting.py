@@ -127,6 +127,7 @@ def train(workspace: str, *, model: str, tuned: str = "") -> str:
         run.model(folder, sha256=artefact.digest(folder))
         _log_judgement(run, judged, cells)
         run.metrics({"n_parameters": final.n_parameters()})
+        run.record("audit", json.loads(space.audit.read_text()))
         _log_origin(space, run, final, cells, split, parts, meter.cost)
         shutil.rmtree(work)
     return run.run_id
