@@ -322,3 +322,31 @@ def test_alien_cells_look_novel(fitted, unseen):
     assert np.median(fitted.novelty(alien)) > np.median(fitted.novelty(unseen))
     assert (fitted.novelty(alien) > fitted.novelty_threshold).mean() > 0.5
     assert (fitted.novelty(unseen) > fitted.novelty_threshold).mean() < 0.3
+
+
+# -- what MLflow hands out ------------------------------------------------------------------------
+def test_a_table_by_symbols_is_refused_rather_than_answered_from_silence() -> None:
+    frame, model = _as_table()
+    with pytest.raises(Refusal, match="0.0% of 120 .*by Ensembl ids, not symbols"):
+        contract.Predictor(model).predict(frame.set_axis([f"SYM{i}" for i in range(120)], axis=1))
+    for other in (frame.to_numpy(), frame.to_dict("list"), AnnData(frame.to_numpy())):
+        with pytest.raises(Refusal):
+            contract.Predictor(model).predict(other)
+
+
+def test_a_cell_without_a_known_count_has_no_probabilities() -> None:
+    frame, model = _as_table()
+    frame.iloc[1] = 0
+    frame = frame.assign(FOREIGN=7)
+    told = contract.Predictor(model).predict(frame)
+    assert told.iloc[1].isna().all()
+    assert not told.drop(index=told.index[1]).isna().any().any()
+    assert contract.Predictor(model).predict(frame.iloc[:0]).shape == (0, 3)
+
+
+def _as_table() -> tuple[pd.DataFrame, contract.ExposureModel]:
+    cells = planted_cells()
+    model = blank("signature").fit(cells[:160].copy(), cells[160:].copy())
+    return pd.DataFrame(
+        cells.X[:5].toarray(), index=cells.obs_names[:5], columns=cells.var_names
+    ), model

@@ -26,6 +26,7 @@ from endoprint.genes import HUMAN, remap
 Array = np.ndarray[Any, np.dtype[Any]]
 
 TARGET_SUM = 1e4  # counts per cell after scaling; the field's habit (scanpy, Geneformer)
+LEAST_GENE_SHARE = 0.05  # of a model's genes; cells with fewer ask another question (a guess)
 EXACT_IN_FLOAT32 = 2**24  # whole numbers above are no longer all representable
 REQUIRED = ("unit", "n_counts", "n_genes")
 
@@ -139,6 +140,32 @@ def from_frame(frame: pd.DataFrame) -> AnnData:
         index=ids,
     )
     return AnnData(X=counts, obs=obs, var=pd.DataFrame(index=kept))
+
+
+def as_cells(given: pd.DataFrame | AnnData, genes: Sequence[str]) -> AnnData:
+    """Return what a caller hands over as cells, refusing what shares hardly a gene with `genes`.
+
+    Unknown genes count as not measured, so that a table by symbols would be answered from silence.
+    """
+    if isinstance(given, pd.DataFrame):
+        cells = from_frame(given)
+    elif isinstance(given, AnnData):
+        cells = given
+        check(cells, where="the cells")
+    else:
+        raise Refusal(
+            "cells are a table of counts, or curated",
+            type(given).__name__,
+            "give a DataFrame: index cell ids, columns Ensembl ids",
+        )
+    known = float(np.isin(list(genes), cells.var_names).mean())
+    if known < LEAST_GENE_SHARE:
+        raise Refusal(
+            f"cells have at least {LEAST_GENE_SHARE:.0%} of the model's genes",
+            f"{known:.1%} of {len(genes)} (columns start {', '.join(cells.var_names[:3])})",
+            "name the columns by Ensembl ids, not symbols",
+        )
+    return cells
 
 
 def sums(counts: sparse.csr_matrix) -> Array:

@@ -376,11 +376,16 @@ class Predictor:
     def predict(
         self, cells: pd.DataFrame | AnnData, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
-        """Return probabilities per exposure; `cells` holds raw counts, genes as Ensembl ids."""
-        from endoprint.cells import from_frame
+        """Return probabilities per exposure; `cells` holds raw counts, genes as Ensembl ids.
 
-        curated = from_frame(cells) if isinstance(cells, pd.DataFrame) else cells
-        return self.model.predict_proba(curated)
+        A cell without a count in the model's genes has none: its row is NaN, as in scoring.
+        """
+        from endoprint.curated import as_cells, matrix, sums
+
+        known = as_cells(cells, self.model.genes)
+        told = self.model.predict_proba(known)
+        told[sums(matrix(known, self.model.genes)) <= 0] = np.nan
+        return told
 
 
 def _load_pyfunc(path: str) -> Predictor:

@@ -26,6 +26,7 @@ from anndata import AnnData
 from endoprint import cells as door
 from endoprint.cells import CellsConfig
 from endoprint.config import Refusal
+from endoprint.curated import LEAST_GENE_SHARE
 from endoprint.lineage import hash_of
 from endoprint.model import ExposureModel
 from endoprint.registry import Version
@@ -36,7 +37,6 @@ FORMAT = 1  # of the parquet; a change of its columns or meaning is a new job
 SCORES, SUMMARY = "scores.parquet", "summary.json"
 KINDS = (".h5ad", ".h5", ".zarr")
 CHUNK_CELLS = 4096  # cells in memory at once
-LEAST_GENE_SHARE = 0.05  # of the model's genes; a file with fewer asks another question (a guess)
 NO_GENES = "no counts in the model's genes"
 NO_ANSWER = "the model gave no finite answer"
 
