@@ -199,3 +199,80 @@ def test_a_file_without_counts_or_exposure_is_refused(tmp_path: Path) -> None:
         propose(tmp_path / "cells.h5ad")
     with pytest.raises(Refusal, match="no file"):
         propose(tmp_path / "absent.h5ad")
+
+
+def two_donors() -> ad.AnnData:
+    """A plain file: treatment, and a sample whose name holds the donor."""
+    cells = planted_cells(exposures=("DMSO", "E"), n_units=2, n_cells=8, n_genes=30)
+    group = cells.obs["exposure"].map({"DMSO": "vehicle", "E": "dexa"})
+    donor = cells.obs["unit"].map({"u0": "101", "u1": "107"})
+    arm = group.map({"vehicle": "a", "dexa": "b"})
+    cells.obs = pd.DataFrame(
+        {"treatment": group, "sample": [f"{one}{two}" for one, two in zip(arm, donor)]},
+        index=cells.obs_names,
+    )
+    return cells
+
+
+def test_a_donor_is_found_in_samples_that_spell_exposure_otherwise(tmp_path: Path) -> None:
+    two_donors().write_h5ad(tmp_path / "cells.h5ad")
+    params, _ = propose(tmp_path / "cells.h5ad")
+    assert set(curated(params, tmp_path).obs["unit"]) == {"101", "107"}
+
+
+def test_gaps_are_counted_before_curation_refuses_them(tmp_path: Path) -> None:
+    cells = two_donors()
+    cells.obs["treatment"] = pd.Categorical(cells.obs["treatment"])
+    cells.obs.loc[cells.obs_names[:3], "treatment"] = np.nan
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    params, checks = propose(tmp_path / "cells.h5ad")
+    assert any(line.startswith("3 cells have no 'treatment'") for line in checks)
+    assert params["cells"]["unit_pattern"] == r"(\d+)$"
+    with pytest.raises(Refusal, match="3 cells without"):
+        curated(params, tmp_path)
+
+
+def test_counts_are_found_where_a_file_has_layers_only(tmp_path: Path) -> None:
+    cells = two_donors()
+    layers = {"counts": cells.X.copy(), "logcounts": np.log1p(cells.X.toarray())}
+    bare = ad.AnnData(obs=cells.obs, var=cells.var, layers=layers)
+    bare.write_h5ad(tmp_path / "cells.h5ad")
+    params, _ = propose(tmp_path / "cells.h5ad")
+    assert params["cells"]["layer"] == "counts"
+    assert curated(params, tmp_path).X.sum() == cells.X.sum()
+
+
+def test_columns_typed_with_spaces_are_known(tmp_path: Path) -> None:
+    cells = two_donors()
+    cells.obs["Donor ID"] = cells.obs.pop("sample").str[1:]
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    assert propose(tmp_path / "cells.h5ad")[0]["cells"]["unit_keys"] == ["Donor ID"]
+
+
+def test_nothing_to_hold_out_is_said_at_once(tmp_path: Path) -> None:
+    cells = two_donors()
+    del cells.obs["sample"]
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    assert any(
+        "the run stops at the split" in line for line in propose(tmp_path / "cells.h5ad")[1]
+    )
+
+
+def test_a_refusal_stays_short_however_many_columns_there_are(tmp_path: Path) -> None:
+    cells = two_donors()
+    del cells.obs["treatment"]
+    flags = {f"flag_{i}": np.arange(cells.n_obs) % 2 for i in range(60)}
+    cells.obs = pd.DataFrame(flags, index=cells.obs_names)
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    with pytest.raises(Refusal, match=r"flag_7 \.\.\.") as refused:
+        propose(tmp_path / "cells.h5ad")
+    assert len(str(refused.value)) < 300
+
+
+@pytest.mark.filterwarnings("ignore:Observation names are not unique")
+def test_repeated_cell_ids_are_refused_before_a_workspace_is_written(tmp_path: Path) -> None:
+    cells = two_donors()
+    cells.obs_names = ["AAAC-1"] * cells.n_obs
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    with pytest.raises(Refusal, match="cell ids are unique"):
+        propose(tmp_path / "cells.h5ad")

@@ -19,7 +19,7 @@ from anndata import AnnData
 from endoprint import sources
 from endoprint.annotations import text
 from endoprint.config import Refusal
-from endoprint.curated import library_size, raw_counts, sums
+from endoprint.curated import library_size, raw_counts, refuse_double_cells, sums
 from endoprint.genes import HUMAN
 from endoprint.labels import CONTROL, CONTROL_WORDS, PLACEHOLDER, canonical, find_control
 
@@ -30,7 +30,7 @@ MOST_FOLDS = 50  # a column of more values is no technical fold
 # Column names met in public files, most telling first.
 EXPOSURE = (
     *("condition", "exposure", "treatment", "perturbation", "compound", "drug", "stim"),
-    *("stimulation", "group_id", "group", "label", "dose", "time"),
+    *("stimulation", "treated", "stimulated", "group_id", "group", "label", "dose", "time"),
 )
 LINE = ("line", "cell_line", "cellline", "ipsc_line", "genotype")
 REPLICATE = ("replicate", "rep", "biological_replicate", "bio_rep", "organoid")
@@ -38,6 +38,8 @@ DONOR = ("donor", "donor_id", "individual", "patient", "patient_id", "subject", 
 SAMPLE = ("sample_id", "sample", "sample_name", "orig.ident", "library_id")
 BATCH = ("run", "batch", "run_id", "lane", "library", "seq_run", "chip", "pool", "gem_group")
 TECHNICAL = ("plate", "well_plate", *BATCH, "pcr_plate", "channel")
+# what of a sample's name may be its unit where the exposure is spelled otherwise in it
+UNIT_PARTS = (r"(\d+)$", r"^([^_\-. ]+)[_\-. ]", r"[_\-. ]([^_\-. ]+)$")
 CELL_TYPE = (
     *("cell_type", "celltype", "MacroCelltype", "Consensus_call", "cell_type_l1"),
     *("cluster_id", "annotation", "clusters", "cluster", "leiden", "louvain"),
@@ -66,6 +68,7 @@ def propose(path: str | Path) -> tuple[dict[str, Any], list[str]]:
     """
     path = Path(path)
     obs = sources.read_obs(path)
+    refuse_double_cells(pd.Index(obs.index.astype(str)))
     proposal = _Proposal(task=_slug(path.stem), cells={"source": f"data/raw/{path.name}"})
     block = _counts(path, proposal)
     _genes(block.var, proposal)
@@ -97,7 +100,9 @@ def _counts(path: Path, proposal: _Proposal) -> AnnData:
             continue
         if layer is not None:
             proposal.cells["layer"] = layer
-            proposal.checks.append(f"Raw counts are taken from {layer!r}, not from X.")
+            is_told = layer == "raw" or "count" in layer
+            doubt = "" if is_told else " Is that every count, or a part such as the spliced ones?"
+            proposal.checks.append(f"Raw counts are taken from {layer!r}, not from X.{doubt}")
         return block
     raise Refusal(
         "a file holds raw counts somewhere: X, a layer or raw",
@@ -120,7 +125,8 @@ def _genes(var: pd.DataFrame, proposal: _Proposal) -> None:
     proposal.cells["allow_symbols"] = True
     proposal.checks.append(
         f"Genes are named by symbols ({', '.join(map(str, var.index[:3]))}), kept as they are: "
-        "logistic works on them, geneformer needs symbol_map, a JSON of symbol: Ensembl id."
+        "a vocabulary fitted here works on them; a published one, or published response genes, "
+        "need symbol_map, a JSON of symbol: Ensembl id."
     )
 
 
@@ -131,8 +137,8 @@ def _exposure(columns: dict[str, pd.Series], proposal: _Proposal) -> pd.Series:
     if best is None or scored[best] <= 0:
         raise Refusal(
             "some column of obs says what each cell was exposed to",
-            f"{', '.join(columns) or 'no columns'}, none of which reads so",
-            "add a column such as condition, with the control's label in it",
+            _columns_told(columns),
+            "add a column such as condition, with the control's label in it, and save as h5ad",
         )
     said = columns[best]
     labels = sorted(set(said.dropna()))
@@ -143,13 +149,14 @@ def _exposure(columns: dict[str, pd.Series], proposal: _Proposal) -> pd.Series:
     proposal.cells["control"] = control or labels[0]
     if aliases:
         proposal.cells["aliases"] = aliases
-        told = ", ".join(f"{key} -> {value}" for key, value in aliases.items())
-        proposal.checks.append(f"Labels of this file and what they become: {told}.")
+        told = ", ".join(k if k == v else f"{k} -> {v}" for k, v in aliases.items())
+        proposal.checks.append(f"Labels of this file, and what becomes of them: {told}.")
     if placeholders:
         proposal.cells["drop_labels"] = placeholders
         proposal.checks.append(
             f"Placeholders, whose cells are removed and counted: {', '.join(placeholders)}."
         )
+    _say_gaps(said, best, proposal)
     if control is None:
         proposal.checks.append(
             f"No label in {best!r} reads as a control; {labels[0]!r} stands there for now."
@@ -162,6 +169,23 @@ def _exposure(columns: dict[str, pd.Series], proposal: _Proposal) -> pd.Series:
     if sum(canonical(label) is not None for label in labels) >= 3:
         proposal.task = "hormones"
     return said
+
+
+def _say_gaps(values: pd.Series, key: str, proposal: _Proposal) -> None:
+    """Say how many cells lack a value that curation asks of each."""
+    if n := int(values.isna().sum()):
+        said = (
+            f"{n} cells have no {key!r}, and curation refuses that: fill them in, or remove them."
+        )
+        proposal.checks.append(said)
+
+
+def _columns_told(columns: dict[str, pd.Series]) -> str:
+    """Name the columns that might have been meant, few of them however many there are."""
+    few = [name for name, values in columns.items() if 2 <= values.nunique() <= MOST_EXPOSURES]
+    if not few:
+        return f"{len(columns) or 'no'} columns, none of which names two exposures or more"
+    return f"{', '.join(few[:8])}{' ...' if few[8:] else ''}, none of which reads so"
 
 
 def _reads_as_exposure(name: str, values: pd.Series) -> float:
@@ -228,7 +252,12 @@ def _units(columns: dict[str, pd.Series], exposure: pd.Series, proposal: _Propos
         "No column reads as an independent unit (donor, line, replicate): every result will say "
         "replicated: false and no model can be promoted."
     )
-    if fold is not None:
+    if fold is None:
+        proposal.checks.append(
+            "Nor does one read as a plate or run that holds every exposure: name unit_keys, or a "
+            "technical_fold, or nothing can be held out and the run stops at the split."
+        )
+    else:
         proposal.cells["technical_fold"] = fold
         proposal.checks.append(f"Folds are by {fold!r}, which holds out nothing biological.")
     return False
@@ -244,8 +273,9 @@ def _units_from_samples(
     values = columns[sample]
     pattern = _pattern(values, exposure)
     if pattern is not None:
+        _say_gaps(values, sample, proposal)
         proposal.cells |= {"unit_keys": [sample], "unit_pattern": pattern, "sample_key": sample}
-        found = sorted({re.search(pattern, v).group(1) for v in set(values)})  # type: ignore[union-attr]
+        found = sorted({re.search(pattern, v).group(1) for v in set(values.dropna())})  # type: ignore[union-attr]
         proposal.checks.append(
             f"Units {', '.join(found[:6])} are read from {sample!r} by {pattern!r}: is that the "
             "donor or culture?"
@@ -260,13 +290,13 @@ def _units_from_samples(
 
 def _pattern(values: pd.Series, exposure: pd.Series) -> str | None:
     """Return a regex for what is left of a sample's name without its exposure, or None."""
-    if values.isna().any() or exposure.isna().any():
+    pairs = pd.DataFrame({"sample": values, "exposure": exposure}).dropna().drop_duplicates()
+    if not len(pairs):
         return None
-    pairs = pd.DataFrame({"sample": values, "exposure": exposure}).drop_duplicates()
     labels = sorted(set(pairs["exposure"]), key=len, reverse=True)
     either = "|".join(re.escape(label) for label in labels)
-    for pattern in (rf"^(?:{either})[_\-. ]?(.+)$", rf"^(.+?)[_\-. ]?(?:{either})$"):
-        matches = [re.match(pattern, sample) for sample in pairs["sample"]]
+    for pattern in (rf"^(?:{either})[_\-. ]?(.+)$", rf"^(.+?)[_\-. ]?(?:{either})$", *UNIT_PARTS):
+        matches = [re.search(pattern, sample) for sample in pairs["sample"]]
         if all(matches):
             unit = pd.Series([match.group(1) for match in matches if match], index=pairs.index)
             held = pairs["exposure"].groupby(unit).nunique()
@@ -346,13 +376,18 @@ def _library_size(block: AnnData, proposal: _Proposal) -> None:
 
 def _named(columns: dict[str, pd.Series], names: Sequence[str]) -> str | None:
     """Return the column that goes by one of the names, in the order of the names."""
-    lower = {column.lower(): column for column in reversed(columns)}
-    return next((lower[name.lower()] for name in names if name.lower() in lower), None)
+    plain = {_plain(column): column for column in reversed(columns)}
+    return next((plain[_plain(name)] for name in names if _plain(name) in plain), None)
+
+
+def _plain(name: str) -> str:
+    """Return a column's name as it would be typed: `Donor ID` is donor_id."""
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
 def _hint(name: str, names: Sequence[str]) -> float:
     """Return 1 for the most telling name, less for those further down, 0 for others."""
-    lower = name.lower()
+    lower = _plain(name)
     if lower in names:
         return 1 - names.index(lower) / (2 * len(names))
     return 0.25 if any(re.match(rf"{known}\b|{known}_", lower) for known in names) else 0.0
