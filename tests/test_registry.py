@@ -418,7 +418,8 @@ def test_a_rollback_makes_the_previous_champion_live_again(lab: Workspace) -> No
     assert find(lab, "previous").version == "2"
     with pytest.raises(Refusal, match="live already"):
         rollback(lab, "1")
-    register(lab, fit_and_track(lab, model=weak()))
+    other = Logistic(LogisticConfig(penalty=20.0, latent_width=4))
+    register(lab, fit_and_track(lab, model=other))
     with pytest.raises(Refusal, match="never live"):
         rollback(lab, "3")
 
@@ -551,3 +552,75 @@ def test_many_writers_keep_one_chain(space: Workspace) -> None:
         thread.join()
     assert len(history.read(space)) == 20
     assert history.verify(space) == []
+
+
+# -- what a second look must not change -----------------------------------------------------------
+def test_a_fit_made_again_that_came_out_the_same_is_no_new_version(lab: Workspace) -> None:
+    first = register(lab, fit_and_track(lab))
+    promote(lab)
+    before = history.read(lab)
+    again = register(lab, fit_and_track(lab))
+    assert again.version == first.version
+    assert promote(lab).verdict.decision == "promote"
+    assert history.read(lab) == before
+
+
+def test_the_champions_own_bytes_under_another_lineage_open_nothing(lab: Workspace) -> None:
+    register(lab, fit_and_track(lab))
+    promote(lab)
+    (lab.root / "params.yaml").write_text("task: toy\nseed: 0\n")  # another lineage, equal bytes
+    assert register(lab, fit_and_track(lab)).version == "2"
+    held = promote(lab)
+    assert (held.verdict.decision, held.was_opened) == ("hold", False)
+    assert "version 2 (logistic) is version 1 (logistic) to the byte" in held.verdict.reasons[0]
+    assert champion(lab).version == "1"
+
+
+def test_other_folds_over_the_same_test_units_are_no_new_budget(lab: Workspace) -> None:
+    from endoprint.design import DesignConfig, make_split
+
+    register(lab, good_run(lab))
+    lab.policy.write_text(POLICY + "budget: 1\nat_least: {macro_f1: 1.0}\n")
+    assert promote(lab).was_opened
+    old, cells = Split.read(lab.split), curated.load(lab.cells)
+    new = make_split(cells.obs, DesignConfig(test_units=old.test, n_folds=2), seed=0)
+    assert new.hash != old.hash
+    new.write(lab.split)
+    register(lab, fit_and_track(lab))
+    held = promote(lab)
+    assert (held.verdict.decision, held.was_opened) == ("hold", False)
+    assert "the budget is spent" in " ".join(held.verdict.reasons)
+
+
+def test_a_decision_is_made_anew_for_other_counts_of_the_same_units(lab: Workspace) -> None:
+    register(lab, good_run(lab))
+    lab.policy.write_text(POLICY + "at_least: {macro_f1: 1.0, worst_unit_macro_f1: 1.0}\n")
+    assert promote(lab).was_opened
+    assert not promote(lab).was_opened
+    curated.write(planted_cells(n_units=6, n_cells=8, seed=1), lab.cells)
+    assert promote(lab).was_opened
+
+
+def test_whole_lines_held_out_are_counted_as_lines_not_as_their_units(lab: Workspace) -> None:
+    from endoprint.design import DesignConfig, make_split
+
+    cells = planted_cells(n_units=12, n_cells=4)
+    cells.obs["line"] = (
+        "L" + cells.obs["unit"].str[1:].astype(int).floordiv(4).astype(str)
+    ).values
+    curated.write(cells, lab.cells)
+    split = make_split(cells.obs, DesignConfig(scheme="line", n_test_units=1), seed=0)
+    split.write(lab.split)
+    lab.policy.write_text("at_least: {macro_f1: 0.1}\n")
+    register(lab, fit_and_track(lab))
+    held = promote(lab)  # four units, of one line: one observation of how a new line behaves
+    assert (held.verdict.decision, held.was_opened) == ("hold", False)
+    assert "too few units: 1 of 5" in held.verdict.reasons[0]
+    lab.policy.write_text(POLICY)
+    assert set(promote(lab).figures["version 1 (logistic)"]["by_unit"]) == set(split.test)
+
+
+def test_a_lost_history_is_said_with_every_verdict(lab: Workspace) -> None:
+    register(lab, good_run(lab))
+    history.path(lab).unlink()
+    assert "the count of openings is in doubt" in promote(lab).verdict.reasons[-1]

@@ -106,10 +106,15 @@ def read_params(path: Path) -> Params:
             f"none at {path}",
             "make one with `endoprint init FILE DIR`",
         )
+    return Params.of(read_yaml(path), where=path.name)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file of sections; what is none is refused in one line."""
     try:
         values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise Refusal(f"{path.name} must be YAML", str(error), "mend the line it names") from None
     if not isinstance(values, dict):
         raise Refusal(f"{path.name} must hold sections", type(values).__name__, "see README")
-    return Params.of(values, where=path.name)
+    return values

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pandas as pd
-import yaml
 from pydantic import Field
 
-from endoprint.config import Config, Refusal
+from endoprint.config import Config, Refusal, read_yaml
 from endoprint.paired import FEWEST_FOR_BOOTSTRAP, FEWEST_FOR_INTERVAL, Comparison, compare_units
 
 Decision = Literal["promote", "hold", "reject"]
@@ -102,13 +101,7 @@ def read_policy(path: Path) -> Policy:
         raise Refusal(
             "promotion follows a policy", f"no {path.name}", "write registry/policy.yaml"
         )
-    try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise Refusal(f"{path.name} must be YAML", str(error), "mend the line it names") from None
-    if isinstance(values, dict):
-        return Policy.of(values, where=path.name)
-    raise Refusal(f"{path.name} must hold rules", type(values).__name__, "see its schema")
+    return Policy.of(read_yaml(path), where=path.name)
 
 
 # -- what is judged -----------------------------------------------------------------------------
@@ -131,12 +124,16 @@ class Design:
     """What the experiment allows to be claimed."""
 
     split_hash: str
-    test_units: tuple[str, ...]
-    is_confounded: (
-        bool | None
-    )  # some exposure cannot be told from its technical run; None: unknown
+    test_units: tuple[str, ...]  # independent ones: lines, where whole lines are held out
+    is_confounded: bool | None  # exposure cannot be told from technical run; None: unknown
     is_replicated: bool
-    n_openings: int  # how often these test units were opened before
+    n_openings: int  # how often these test units, or some of them, were opened before
+    held_out: frozenset[str] = frozenset()  # names of the test cells' units, where not those
+    doubts: tuple[str, ...] = ()  # about the record of openings, in sentences
+
+    def leaked(self, model: Evidence) -> list[str]:
+        """Return the test units that a model's fit has seen."""
+        return sorted(model.seen_units & {*self.test_units, *self.held_out})
 
 
 @dataclass(frozen=True)
@@ -194,7 +191,7 @@ def admit(
     Refuses two models that cannot be compared at all.
     """
     _refuse_incomparable(candidate, champion, policy, design)
-    leaked, n = sorted(candidate.seen_units & set(design.test_units)), len(design.test_units)
+    leaked, n = design.leaked(candidate), len(design.test_units)
     spent = design.n_openings >= policy.budget
     return [
         Check(
@@ -223,6 +220,7 @@ def admit(
             + ("; the budget is spent: add new test units" if spent else ""),
             "hold",
         ),
+        *(Check("openings on record", True, doubt, is_caveat=True) for doubt in design.doubts),
         *(
             _at_hand(candidate, name, baselines.get(name), design)
             for name in policy.baselines
@@ -232,11 +230,11 @@ def admit(
 
 
 def _replication(design: Design) -> str:
-    if not design.is_replicated:
-        return "replicated: false; no independent unit repeats an exposure"
-    if not design.test_units:
+    if design.is_replicated and design.test_units:
+        return "replicated: independent units repeat the exposures"
+    if design.is_replicated:
         return "no test units: the design has too few units to set any apart"
-    return "replicated: independent units repeat the exposures"
+    return "replicated: false; no independent unit repeats an exposure"
 
 
 def _at_hand(candidate: Evidence, name: str, baseline: Evidence | None, design: Design) -> Check:
@@ -254,7 +252,7 @@ def _is_comparable(candidate: Evidence, baseline: Evidence | None, design: Desig
         baseline is not None
         and baseline.exposures == candidate.exposures
         and baseline.split_hash == candidate.split_hash
-        and not baseline.seen_units & set(design.test_units)
+        and not design.leaked(baseline)
     )
 
 
@@ -293,7 +291,7 @@ def _refuse_incomparable(
             raise Refusal(
                 f"two versions are compared only at equal {what}",
                 f"{ours} for {candidate.label}, {theirs} for {champion.label}",
-                "retire the champion first (`registry.retire`), which the history will show",
+                "retire the champion first with `endoprint retire`, which the history will show",
             )
 
 
@@ -396,5 +394,5 @@ def _paired(
 
 
 def _cannot_reach(found: Comparison) -> bool:
-    """Return whether even unanimous units would not do: the smallest sign-flip p is 2^-n."""
+    """Say if even unanimous units would not do: the smallest sign-flip p is 2^-n."""
     return found.n_units < FEWEST_FOR_BOOTSTRAP and 2.0**-found.n_units > 1 - found.confidence

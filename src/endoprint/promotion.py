@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from anndata import AnnData
 
 from endoprint import gates, history, metrics, registry, tracking
 from endoprint.config import Refusal
-from endoprint.curated import load
+from endoprint.curated import fingerprint, load
 from endoprint.design import Split
 from endoprint.gates import Design, Evidence, Policy, Verdict
 from endoprint.lineage import hash_of, metered
@@ -85,6 +85,11 @@ def promote(
         if live is not None and live.version == version_of.version:
             verdict = Verdict("promote", [f"{live.label} is the champion already"], [])
             return Promotion(verdict, version_of, live, False, {})
+        if live is not None and live.sha256 == version_of.sha256:
+            said = f"{version_of.label} is {live.label} to the byte, which is live: none to judge"
+            promotion = Promotion(Verdict("hold", [said], []), version_of, live, False, {})
+            _record(workspace, promotion, policy)
+            return promotion
         split = split or Split.read(workspace.split)
         candidate = _contender(version_of, model)
         champion = _contender(live, _loaded(workspace, live)) if live else None
@@ -92,6 +97,7 @@ def promote(
         held_out = cells[split.parts(cells.obs, fold=None).held_out].copy()
         audit = audit if audit is not None else _read_audit(workspace)
         design = _design(workspace, held_out, split, audit)
+        held_out.obs["independent"] = _independent(held_out, split)
         promotion = _decided(workspace, version_of, candidate, champion, policy, design, held_out)
         _record(workspace, promotion, policy)
         if promotion.verdict.decision == "promote":
@@ -121,6 +127,8 @@ def _decided(
             "has_champion": champion is not None,
             "policy": policy.model_dump(mode="json"),
             "design": [design.split_hash, design.is_confounded, design.is_replicated],
+            # other counts of the same units are another question
+            "cells": fingerprint(held_out),
         }
     )
     earlier = [line for line in history.read(workspace) if line.get("key") == key]
@@ -133,7 +141,11 @@ def _decided(
     if not all(check.passed for check in admission):
         return Promotion(Verdict.of(admission), version, None, False, {})
     # counted first: a crash while they are open has opened them all the same
-    told = {"split_hash": design.split_hash, "version": version.version}
+    told = {
+        "split_hash": design.split_hash,
+        "version": version.version,
+        "test_units": sorted(design.held_out),
+    }
     registry.tell(workspace, "open", told)
     judged = {each.sha256: _judged(each, held_out, policy) for each in contenders}
     verdict = gates.decide(
@@ -221,27 +233,42 @@ def _read_audit(workspace: Workspace) -> dict[str, Any]:
 def _design(
     workspace: Workspace, held_out: AnnData, split: Split, audit: Mapping[str, Any]
 ) -> Design:
+    held = set(held_out.obs["unit"].astype(str)) - {""}
     # held-out plates or wells are no units: nothing biological is held out
-    units = [] if split.is_technical else sorted(set(held_out.obs["unit"].astype(str)) - {""})
+    independent = [] if split.is_technical else sorted(set(_independent(held_out, split)) - {""})
+    wrong = registry.verify(workspace)
     return Design(
         split_hash=split.hash,
-        test_units=tuple(units),
+        test_units=tuple(independent),
         is_confounded=audit["confounded"],
         is_replicated=bool(audit["replicated"]) and not split.is_technical,
-        n_openings=openings(workspace, split.hash),
+        n_openings=openings(workspace, split.hash, held),
+        held_out=frozenset(held),
+        doubts=(f"the count of openings is in doubt: {'; '.join(wrong)}",) if wrong else (),
     )
 
 
-def openings(workspace: Workspace, split_hash: str) -> int:
-    """Return how often the test units of a split were opened."""
-    lines = history.read(workspace)
-    return sum(line["what"] == "open" and line["split_hash"] == split_hash for line in lines)
+def _independent(held_out: AnnData, split: Split) -> list[str]:
+    """Return what each cell is an observation of: its line, where the claim is about new lines."""
+    return [str(name) for name in held_out.obs["line" if split.scheme == "line" else "unit"]]
+
+
+def openings(workspace: Workspace, split_hash: str, units: Set[str] = frozenset()) -> int:
+    """Return how often the test units of a split, or any of `units`, were opened.
+
+    Other folds over the same test units are another split, and no new test units.
+    """
+    return sum(
+        line["what"] == "open"
+        and (line["split_hash"] == split_hash or bool(units & set(line.get("test_units", ()))))
+        for line in history.read(workspace)
+    )
 
 
 # -- the test units -----------------------------------------------------------------------------
 def _judged(contender: Contender, held_out: AnnData, policy: Policy) -> Evidence:
     """Score a model on the test cells and say how good and how dear it was."""
-    truth, unit = held_out.obs["exposure"].astype(str), held_out.obs["unit"].astype(str)
+    truth, unit = held_out.obs["exposure"].astype(str), held_out.obs["independent"].astype(str)
     with metered() as meter:
         probabilities = contender.model.predict_proba(held_out)
     seconds = [meter.cost.wall_seconds]

@@ -63,7 +63,8 @@ def register(workspace: Workspace, run_id: str) -> Version:
     """Make the model of a finished training run a version and point `@candidate` at it.
 
     The version carries the run's lineage and the digest of its files as tags. A run registered
-    before keeps its version.
+    before keeps its version, and so does a fit made again of the same lineage that came out the
+    same to the byte.
     """
     store = tracking.client(workspace)
     try:
@@ -86,16 +87,17 @@ def register(workspace: Workspace, run_id: str) -> Version:
     lineage = Lineage.model_validate(runs.read_record(workspace, run_id, "lineage"))
     name = workspace.experiment
     with lock(workspace):
-        known = _versions(store, name, f"name = '{name}' and run_id = '{run_id}'")
+        said = {**lineage.tags(), "model_sha256": tags["model_sha256"]}
+        known = [
+            each
+            for each in _versions(store, name, f"name = '{name}'")
+            if each.run_id == run_id or said.items() <= each.tags.items()
+        ]
         if known:
-            found = known[0]
+            found = next((each for each in known if each.run_id == run_id), known[0])
         else:
             _make_registered_model(store, name)
-            said = {
-                **lineage.tags(),
-                "model_sha256": tags["model_sha256"],
-                "lineage": lineage.model_dump_json(),
-            }
+            said["lineage"] = lineage.model_dump_json()
             with tracking.ambient(workspace):
                 made = store.create_model_version(
                     name, source=f"models:/{tags['model_id']}", run_id=run_id, tags=said
