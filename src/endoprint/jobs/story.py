@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from endoprint.config import Params
 from endoprint.jobs import data, fitting, live, searching
 from endoprint.jobs.data import write_json
 from endoprint.workspace import Workspace
@@ -31,12 +32,12 @@ class Step:
 def story_steps(workspace: str) -> list[Step]:
     """Return the jobs that this workspace's values ask for, in order."""
     params = Workspace.at(workspace).params
-    searched = str(params.search.get("model") or "")
+    searched, trials = _search(params)
     steps = [Step("simulate", data.simulate)] if params.simulate else []
     steps += [Step("prepare", data.prepare)]
     steps += [Step("pretrain", fitting.pretrain)] if params.pretrain else []
     if searched:
-        told: dict[str, str | int] = {"model": searched, "trials": int(params.search["trials"])}
+        told: dict[str, str | int] = {"model": searched, "trials": trials}
         steps += [Step(f"search {searched}", searching.search, told)]
     steps += [
         Step(
@@ -54,6 +55,16 @@ def story_steps(workspace: str) -> list[Step]:
     if params.score:
         steps += [Step("score", live.score_if_live, {"file": params.score, "out": SCORES})]
     return steps
+
+
+def _search(params: Params) -> tuple[str, int]:
+    """Return the model that is tuned before it is trained ("": none), and the trials."""
+    if not params.search:
+        return "", 0
+    from endoprint.search import SearchConfig
+
+    config = params.section("search", SearchConfig)
+    return config.model or "", config.trials
 
 
 def model_names(workspace: str) -> list[str]:
