@@ -11,11 +11,12 @@ from sklearn.linear_model import LogisticRegression
 from conftest import planted_cells
 from endoprint.config import Refusal
 from endoprint.curated import log_normalised
+from endoprint.draws import evenly_drawn
 from endoprint.latent import Latent, variable_genes
 from endoprint.linear import fit_balanced
 from endoprint.metrics import recall_by_exposure
 from endoprint.models import logistic
-from endoprint.models.logistic import Logistic, LogisticConfig, evenly_drawn
+from endoprint.models.logistic import Logistic, LogisticConfig
 
 
 def of_units(cells: AnnData, *units: str) -> AnnData:

@@ -23,6 +23,7 @@ from scipy.special import logsumexp
 
 from endoprint.config import Config
 from endoprint.curated import log_normalised
+from endoprint.draws import evenly_drawn
 from endoprint.latent import Latent, moments
 from endoprint.linear import Fitted, fit_balanced
 from endoprint.metrics import balanced_weight
@@ -133,16 +134,6 @@ class Logistic(ExposureModel):
         self._intercept = state.arrays["intercept"]
         self._mean = state.arrays["mean"]
         self._latent = Latent.of(list(state.values["latent_genes"]), state.arrays)
-
-
-def evenly_drawn(cells: AnnData, at_most: int, seed: int) -> AnnData:
-    """Return at most so many cells, drawn evenly over unit x exposure, in their order."""
-    if cells.n_obs <= at_most:
-        return cells
-    rng = np.random.default_rng(seed)
-    group = (cells.obs["unit"].astype(str) + "\0" + cells.obs["exposure"].astype(str)).to_numpy()
-    turn = pd.Series(rng.permutation(cells.n_obs)).groupby(group).rank().to_numpy()
-    return cells[np.sort(np.argsort(turn, kind="stable")[:at_most])]
 
 
 def _centred(values: sparse.csr_matrix, mean: Array) -> Array | sparse.csr_matrix:
