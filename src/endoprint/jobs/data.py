@@ -102,15 +102,24 @@ def prepare(workspace: str) -> str:
             [sys.executable, "-m", "dvc", "repro"],
             cwd=space.root, env=space.environment(), capture_output=True, text=True, check=False,
         )  # fmt: skip
-    if done.returncode:
-        said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        own = [line.removeprefix("endoprint: ") for line in said if line.startswith("endoprint: ")]
-        if own:  # a stage refused in our own words: say them, not that DVC minds
-            rule, _, rest = own[0].partition("; got ")
-            got, _, remedy = rest.rpartition("; ")
-            raise Refusal(rule, got, remedy)
-        raise Refusal("dvc repro must succeed", " | ".join(said[-3:]), "mend that, run it again")
+        if done.returncode:
+            raise _refused(done.stderr)
     return str(space.root / "dvc.lock")
+
+
+def _refused(said: str) -> Refusal:
+    """Return why `dvc repro` stopped: in a stage's own words, where one refused."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    own = [line.removeprefix("endoprint: ") for line in lines if line.startswith("endoprint: ")]
+    if own:
+        rule, _, rest = own[0].partition("; got ")
+        got, _, remedy = rest.rpartition("; ")
+        return Refusal(rule, got, remedy)
+    if any("Unable to acquire lock" in line or "is busy" in line for line in lines):
+        return Refusal(
+            "one `dvc repro` at a time", "another one here", "wait for it, run it again"
+        )
+    return Refusal("dvc repro must succeed", " | ".join(lines[-3:]), "mend that, run it again")
 
 
 def check(workspace: str) -> str:
