@@ -17,13 +17,13 @@ from sklearn.metrics import f1_score
 from torch import Tensor, nn
 from torch.nn import functional
 
+from endoprint.bins import Binned
 from endoprint.config import Refusal
 from endoprint.encoder import checkpoint
-from endoprint.encoder.minibatches import Layout, assemble, plan
-from endoprint.encoder.network import Network, answer
+from endoprint.encoder.minibatches import Layout, Sentences, assemble, plan
+from endoprint.encoder.network import Reader, answer
 from endoprint.encoder.recipe import Recipe, schedule_of
 from endoprint.model import Watch, fit_temperature
-from endoprint.tokens import Tokens
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -34,7 +34,7 @@ CHECKPOINT = "training.safetensors"
 class Lesson:
     """Tokens of some cells, and which exposure each met (a column number)."""
 
-    tokens: Tokens
+    tokens: Sentences
     truth: Array
 
 
@@ -61,7 +61,7 @@ class Loop:
 
     def __init__(
         self,
-        network: Network,
+        network: Reader,
         train: Lesson,
         valid: Lesson,
         recipe: Recipe,
@@ -194,6 +194,8 @@ class Loop:
         for lesson in (self.train, self.valid):
             for array in (lesson.tokens.values, lesson.tokens.offsets, lesson.truth):
                 digest.update(np.ascontiguousarray(array).tobytes())
+            if isinstance(lesson.tokens, Binned):
+                digest.update(np.ascontiguousarray(lesson.tokens.levels).tobytes())
         return digest.hexdigest()
 
     def _keep(self) -> None:
@@ -227,9 +229,9 @@ class Loop:
         )
 
 
-def freeze(network: Network, layers: int) -> None:
+def freeze(network: Reader, layers: int) -> None:
     """Keep the embeddings and the first layers as they are; 0 freezes nothing."""
-    body = list(network.bert.encoder.layer)
+    embeddings, body = network.stages()
     if layers > len(body):
         raise Refusal(
             "no more layers can be frozen than the backbone has",
@@ -237,11 +239,11 @@ def freeze(network: Network, layers: int) -> None:
             "lower frozen_layers",
         )
     if layers:
-        for part in (network.bert.embeddings, *body[:layers]):
+        for part in (*embeddings, *body[:layers]):
             part.requires_grad_(False)
 
 
-def _optimizer(network: Network, recipe: Recipe) -> torch.optim.AdamW:
+def _optimizer(network: Reader, recipe: Recipe) -> torch.optim.AdamW:
     """Group parameters by rate and decay: genes learn faster, votes apart, biases undecayed."""
     genes: list[nn.Parameter] = []
     votes: list[nn.Parameter] = []
@@ -252,7 +254,7 @@ def _optimizer(network: Network, recipe: Recipe) -> torch.optim.AdamW:
             continue
         if name.startswith("votes."):
             votes.append(parameter)
-        elif "word_embeddings" in name:
+        elif parameter is network.gene_table():
             genes.append(parameter)
         else:
             (matrices if parameter.ndim > 1 else others).append(parameter)

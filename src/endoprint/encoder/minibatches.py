@@ -22,10 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from endoprint.encoder.pooling import Pooling, token_weights
+from endoprint.bins import Binned
+from endoprint.encoder.pooling import Pooling, level_weights, token_weights
 from endoprint.tokens import Tokens
 
 Array = np.ndarray[Any, np.dtype[Any]]
+Sentences = Tokens | Binned  # genes by rank (Geneformer), or with levels (scGPT)
 
 POOL = 16  # minibatches whose cells are sorted by length together: enough to leave little padding
 
@@ -54,6 +56,7 @@ class Minibatch:
     ids_N: Tensor  # all tokens of all cells, whatever the rows hold
     rank_weights_N: Tensor  # their rank weights, whatever the pooling
     starts_B: Tensor  # where each cell starts among them
+    levels_RT: Tensor | None = None  # float32, where genes have levels; 0 at padding
 
     def to(self, device: torch.device) -> Minibatch:
         """Return the same minibatch on a device."""
@@ -71,6 +74,7 @@ class Minibatch:
             ids_N=move(self.ids_N),
             rank_weights_N=move(self.rank_weights_N),
             starts_B=move(self.starts_B),
+            levels_RT=None if self.levels_RT is None else move(self.levels_RT),
         )
 
 
@@ -112,7 +116,7 @@ def plan(
 
 
 def assemble(
-    tokens: Tokens, cells_B: Array, layout: Layout, rng: np.random.Generator | None = None
+    tokens: Sentences, cells_B: Array, layout: Layout, rng: np.random.Generator | None = None
 ) -> Minibatch:
     """Lay out the tokens of some cells; with `rng`, only the rows that a training step reads."""
     starts_B = tokens.offsets[cells_B]
@@ -128,14 +132,18 @@ def assemble(
     cell_N = np.repeat(np.arange(len(cells_B)), lengths_B)
     begin_B = np.cumsum(lengths_B) - lengths_B
     rank_N = np.arange(len(cell_N)) - begin_B[cell_N]
-    ids_N = tokens.values[starts_B[cell_N] + rank_N].astype(np.int64)
-    length_N = lengths_B[cell_N]
-    rank_weights_N = token_weights("rank", rank_N, length_N, has_specials=layout.has_specials)
-    weights_N = rank_weights_N
-    if layout.pooling != "rank":
-        weights_N = token_weights(
-            layout.pooling, rank_N, length_N, has_specials=layout.has_specials
-        )
+    place_N = starts_B[cell_N] + rank_N
+    ids_N = tokens.values[place_N].astype(np.int64)
+    levels_N = tokens.levels[place_N] if isinstance(tokens, Binned) else None
+
+    def weigh(pooling: Pooling) -> Array:
+        if levels_N is not None:
+            return level_weights(pooling, levels_N, rank_N, cell_N, len(cells_B))
+        has_specials = layout.has_specials
+        return token_weights(pooling, rank_N, lengths_B[cell_N], has_specials=has_specials)
+
+    rank_weights_N = weigh("rank")
+    weights_N = rank_weights_N if layout.pooling == "rank" else weigh(layout.pooling)
     turn_N = (rank_N - first_B[cell_N]) % dealt_B[cell_N]  # which of its cell's rows
     is_kept_N = turn_N < kept_B[cell_N]
     if not is_kept_N.all():
@@ -153,6 +161,10 @@ def assemble(
     positions[row, column] = rank
     weights[row, column] = weights_N[is_kept_N]
     is_token[row, column] = True
+    levels = None
+    if levels_N is not None:
+        levels = np.zeros(shape, dtype=np.float32)
+        levels[row, column] = levels_N[is_kept_N]
     is_token[before_B[lengths_B == 0], 0] = True  # attention over nothing would be NaN
     return Minibatch(
         cells_B=cells_B,
@@ -164,4 +176,5 @@ def assemble(
         ids_N=torch.from_numpy(ids_N),
         rank_weights_N=torch.from_numpy(rank_weights_N),
         starts_B=torch.from_numpy(begin_B),
+        levels_RT=None if levels is None else torch.from_numpy(levels),
     )

@@ -14,6 +14,7 @@ Shapes: B cells, N their tokens, R rows, T tokens of a row, D width, E exposures
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,15 +24,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import BertModel
 
-from endoprint.encoder.minibatches import Layout, Minibatch, assemble, plan
-from endoprint.tokens import Tokens
+from endoprint.encoder.minibatches import Layout, Minibatch, Sentences, assemble, plan
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-class Network(nn.Module):
-    """Read a cell's ranked genes and weigh every exposure.
+class Reader(nn.Module, ABC):
+    """Read a cell's genes and weigh every exposure, whatever the backbone.
 
+    A kind of backbone writes `hidden`, `stages` and `gene_table`.
     The pooled vector is standardised by batch normalisation without scale or shift: by the
     minibatch while training, by running figures afterwards, so that answers are independent.
     `genes_per_cell` scales the votes: their inputs are then about one whatever the panel.
@@ -41,27 +42,41 @@ class Network(nn.Module):
 
     def __init__(
         self,
-        bert: BertModel,
+        name: str,
+        backbone: nn.Module,
         n_exposures: int,
         *,
+        width: int,
+        n_tokens: int,
         has_votes: bool,
         vector_dropout: float = 0.0,
         genes_per_cell: float = 1.0,
         uses_bf16: bool = False,
     ) -> None:
         super().__init__()
-        self.bert = bert
-        width = int(bert.config.hidden_size)
+        self.add_module(name, backbone)
         self.standardise = nn.BatchNorm1d(width, affine=False)
         self.dropout = nn.Dropout(vector_dropout)
         self.head = nn.Linear(width, n_exposures)
-        self.votes = nn.Embedding(int(bert.config.vocab_size), n_exposures) if has_votes else None
+        self.votes = nn.Embedding(n_tokens, n_exposures) if has_votes else None
         for started_at_zero in (self.head.weight, self.head.bias):
             nn.init.zeros_(started_at_zero)
         if self.votes is not None:
             nn.init.zeros_(self.votes.weight)
         self.register_buffer("typical_length", torch.tensor(float(genes_per_cell)))
         self.uses_bf16 = uses_bf16
+
+    @abstractmethod
+    def hidden(self, minibatch: Minibatch) -> Tensor:
+        """Return the last hidden state of every token of a minibatch, (R, T, D)."""
+
+    @abstractmethod
+    def stages(self) -> tuple[list[nn.Module], list[nn.Module]]:
+        """Return the modules before the layers, and the layers: what `frozen_layers` counts."""
+
+    @abstractmethod
+    def gene_table(self) -> nn.Parameter:
+        """Return the embeddings of genes, which learn faster than the rest."""
 
     def forward(self, minibatch: Minibatch) -> tuple[Tensor, Tensor]:
         """Return logits (B, E) and the standardised vector (B, D) of every cell."""
@@ -80,10 +95,48 @@ class Network(nn.Module):
     def pool(self, minibatch: Minibatch) -> Tensor:
         """Return the weighted sum of each cell's hidden states, (B, D)."""
         with torch.autocast(minibatch.ids_RT.device.type, torch.bfloat16, enabled=self.uses_bf16):
-            hidden_RTD = hidden_states(self.bert, minibatch)
+            hidden_RTD = self.hidden(minibatch)
         pooled_RD = torch.einsum("rt,rtd->rd", minibatch.weights_RT, hidden_RTD.float())
         pooled_BD = pooled_RD.new_zeros(len(minibatch.cells_B), pooled_RD.shape[1])
         return pooled_BD.index_add(0, minibatch.owner_R, pooled_RD)
+
+
+class Network(Reader):
+    """Read a cell's ranked genes with Geneformer's BERT."""
+
+    bert: BertModel
+
+    def __init__(
+        self,
+        bert: BertModel,
+        n_exposures: int,
+        *,
+        has_votes: bool,
+        vector_dropout: float = 0.0,
+        genes_per_cell: float = 1.0,
+        uses_bf16: bool = False,
+    ) -> None:
+        super().__init__(
+            "bert",
+            bert,
+            n_exposures,
+            width=int(bert.config.hidden_size),
+            n_tokens=int(bert.config.vocab_size),
+            has_votes=has_votes,
+            vector_dropout=vector_dropout,
+            genes_per_cell=genes_per_cell,
+            uses_bf16=uses_bf16,
+        )
+
+    def hidden(self, minibatch: Minibatch) -> Tensor:
+        return hidden_states(self.bert, minibatch)
+
+    def stages(self) -> tuple[list[nn.Module], list[nn.Module]]:
+        return [self.bert.embeddings], list(self.bert.encoder.layer)
+
+    def gene_table(self) -> nn.Parameter:
+        table: nn.Parameter = self.bert.embeddings.word_embeddings.weight
+        return table
 
 
 def hidden_states(bert: BertModel, minibatch: Minibatch) -> Tensor:
@@ -104,7 +157,9 @@ class Answers:
     vectors_BD: Array  # float32
 
 
-def answer(network: Network, tokens: Tokens, layout: Layout, *, minibatch_tokens: int) -> Answers:
+def answer(
+    network: Reader, tokens: Sentences, layout: Layout, *, minibatch_tokens: int
+) -> Answers:
     """Read every cell once, like lengths together; all rows of all cells."""
     n_cells = len(tokens.offsets) - 1
     device = network.head.weight.device

@@ -6,7 +6,8 @@ They depend on the cell's own length only, never on how it was cut into rows or 
 Two conventions are upstream's (Theodoris 2023; `emb_mode` in Geneformer): `mean` is its "cell",
 the average over genes with `<cls>` and `<eos>` left out; `cls` is the first position, which is
 `<cls>` where the vocabulary has one and merely the top-ranked gene where it has none.
-`rank` is ours: the higher a gene ranks, the more it counts.
+`rank` is ours: the higher a gene ranks, the more it counts. Where genes come with levels (scGPT's
+bins), which are ranks with ties, the level counts instead.
 """
 
 from __future__ import annotations
@@ -37,4 +38,20 @@ def token_weights(pooling: Pooling, rank: Array, length: Array, *, has_specials:
     # 1 - gene / n, divided by its own sum over the cell, (n + 1) / 2
     by_rank = 2.0 * (1.0 - gene / n_genes) / (n_genes + 1)
     weights: Array = np.where(is_gene, by_rank, 0.0).astype(np.float32)
+    return weights
+
+
+def level_weights(
+    pooling: Pooling, level_N: Array, rank_N: Array, cell_N: Array, n_cells: int
+) -> Array:
+    """Return the same for genes with levels above zero and special tokens with none, (N,).
+
+    `cell_N`: which of `n_cells` cells a token is of.
+    """
+    if pooling == "cls":
+        first: Array = (rank_N == 0).astype(np.float32)
+        return first
+    counted = np.maximum(level_N, 0.0) if pooling == "rank" else (level_N > 0).astype(np.float64)
+    total = np.bincount(cell_N, counted, minlength=n_cells)
+    weights: Array = (counted / np.maximum(total, 1.0)[cell_N]).astype(np.float32)
     return weights
