@@ -78,6 +78,7 @@ class ExposureModel(ABC):
 
     Config: type[AnyConfig] = AnyConfig
     name: ClassVar[str]  # its row in the table
+    takes_backbone: ClassVar[bool] = False  # whether a pre-trained encoder is of use to it
 
     def __init__(
         self, config: AnyConfig | None = None, *, seed: int = 0, resources: Resources | None = None

@@ -66,6 +66,18 @@ def open_study(journal: Path, name: str, *, seed: int) -> optuna.Study:
     return study
 
 
+def find_study(journal: Path, name: str) -> optuna.Study | None:
+    """Return a study that was begun, to be read; None where there is none."""
+    if not journal.is_file():
+        return None
+    try:
+        return optuna.load_study(
+            study_name=name, storage=JournalStorage(JournalFileBackend(str(journal)))
+        )
+    except KeyError:
+        return None
+
+
 def tune(
     study: optuna.Study,
     config: type[Config],

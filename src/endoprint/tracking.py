@@ -60,7 +60,7 @@ LOUD = ("mlflow", "alembic")  # INFO lines on every new store, warnings about ev
 PARAMS_PER_CALL, METRICS_PER_CALL = 100, 1000  # the server's limits (MLflow REST API, log-batch)
 SEARCHED_TAGS = (
     "seed", "split_hash", "exposures", "git_sha", "is_dirty", "base_model", "model_id",
-    "model_sha256",
+    "model_sha256", "cells_md5", "tuned_trials",
 )  # fmt: skip
 STARTED_TOLERANCE_SECONDS = 2.0  # process start times are kept to clock ticks
 
@@ -335,8 +335,8 @@ def runs_table(
     """Return the finished runs of a kind, newest first: one row per run, a column per figure.
 
     Index run_id; columns model, name, started (UTC), the tags people search by (seed, split_hash,
-    exposures, git_sha, is_dirty, base_model, model_id, model_sha256), then every metric by its
-    own name and every parameter as `param.<name>`.
+    exposures, git_sha, is_dirty, base_model, model_id, model_sha256, cells_md5, tuned_trials),
+    then every metric by its own name and every parameter as `param.<name>`.
     """
     store = client(workspace)
     asked = [f"tags.kind = '{kind}'", "attributes.status = 'FINISHED'"]

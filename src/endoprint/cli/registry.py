@@ -1,4 +1,4 @@
-"""Commands on what is live: promote, score, ui, gc."""
+"""Commands on what is live: promote, retire, rollback, score, ui, gc."""
 
 from __future__ import annotations
 
@@ -26,6 +26,28 @@ def promote(
     lines = [f"{verdict['decision']}: version {verdict['version']}"]
     lines += [f"  - {reason}" for reason in verdict["reasons"]]
     say(verdict, "\n".join(lines), as_json)
+
+
+@app.command()
+def retire(
+    why: Annotated[str, typer.Option(help="kept in the history")],
+    workspace: Folder = Path(),
+    as_json: Json = False,
+) -> None:
+    """Take the champion down without a successor: the way on when task or split changed."""
+    done = jobs.retire(str(workspace), why=why)
+    say(done, f"retired: {done['retired']}; nothing is live until the next promotion", as_json)
+
+
+@app.command()
+def rollback(
+    version: Annotated[str, typer.Argument(help="an earlier champion; none: the last")] = "",
+    workspace: Folder = Path(),
+    as_json: Json = False,
+) -> None:
+    """Make an earlier champion live again."""
+    done = jobs.rollback(str(workspace), version=version)
+    say(done, f"live again: {done['champion']}", as_json)
 
 
 @app.command()

@@ -21,7 +21,7 @@ from endoprint.jobs.data import (
     tokenize_file,
 )
 from endoprint.jobs.fitting import figures_of, leaderboard, pretrain, train
-from endoprint.jobs.live import gc, promote, register, score
+from endoprint.jobs.live import gc, promote, register, retire, rollback, score
 from endoprint.jobs.searching import search, search_result
 from endoprint.jobs.story import (
     Step,
@@ -52,6 +52,8 @@ __all__ = [
     "register",
     "score",
     "search",
+    "retire",
+    "rollback",
     "search_result",
     "simulate",
     "simulate_to",

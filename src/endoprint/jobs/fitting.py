@@ -11,11 +11,21 @@ from typing import TYPE_CHECKING, Any
 from endoprint import progress
 from endoprint.config import Refusal
 from endoprint.jobs.data import write_json
-from endoprint.jobs.materials import both, cells_and_split, resources, scratch
-from endoprint.jobs.searching import search_result
+from endoprint.jobs.materials import (
+    both,
+    cells_and_split,
+    latest_fits,
+    pretrain_key,
+    refuse_held_out_lines,
+    resources,
+    scratch,
+    vocabulary_sha256,
+)
+from endoprint.jobs.searching import n_trials_behind, search_result
 from endoprint.workspace import Workspace
 
 if TYPE_CHECKING:
+    import pandas as pd
     from anndata import AnnData
 
     from endoprint.design import Parts, Split
@@ -37,7 +47,6 @@ def pretrain(workspace: str) -> str:
     from endoprint import cells, runs, tokens, tracking
     from endoprint.encoder.pretrain import PretrainConfig
     from endoprint.encoder.pretrain import pretrain as learn
-    from endoprint.lineage import hash_of
     from endoprint.vocabulary import Vocabulary
 
     config = space.params.section("pretrain", PretrainConfig)
@@ -47,16 +56,16 @@ def pretrain(workspace: str) -> str:
             f"none at {space.pool.relative_to(space.root)}",
             "name cells.pool in params.yaml and run `endoprint run`",
         )
+    if vocabulary_sha256(space) is None:
+        raise Refusal(
+            "pre-training and every fit after it share one vocabulary",
+            "one fitted inside every fit" if space.vocabulary.is_file() else "none yet",
+            "set tokens.vocabulary to pool, v1, v2 or a folder, and run `dvc repro`",
+        )
     vocabulary = Vocabulary.read(space.vocabulary)
     pool = cells.load(space.pool)
-    key = hash_of(
-        {
-            "pool": cells.fingerprint(pool),
-            "vocabulary": vocabulary.sha256,
-            "config": config.model_dump(mode="json"),
-            "seed": space.params.seed,
-        }
-    )
+    refuse_held_out_lines(space, pool)
+    key = pretrain_key(space)
     done = runs.finished(space, "pretrain", {"pretrain_key": key})
     if done:
         return done[0]
@@ -93,6 +102,7 @@ def train(workspace: str, *, model: str, tuned: str = "") -> str:
     """
     space = Workspace.open(workspace)
     from endoprint import artefact, judge, tracking
+    from endoprint.cells import md5
     from endoprint.lineage import metered
     from endoprint.model import model_class
 
@@ -102,11 +112,16 @@ def train(workspace: str, *, model: str, tuned: str = "") -> str:
         values |= search_result(workspace, model=model)["values"]
     config = cls.Config.of(values, where=f"models.{model}")
     cells, split = cells_and_split(space)
-    build = partial(cls, config, seed=space.params.seed, resources=resources(space))
+    n_trials = n_trials_behind(space, model, config)
+    build = partial(cls, config, seed=space.params.seed, resources=resources(space, cls))
     with (
         progress.task(f"train {model}", split.n_folds + 1) as step,
         tracking.run(
-            space, name=model, kind="train", model=model, tags={"tuned": bool(tuned)}
+            space,
+            name=model,
+            kind="train",
+            model=model,
+            tags={"tuned": n_trials > 0, "tuned_trials": n_trials, "cells_md5": md5(space.cells)},
         ) as run,
     ):
         run.params(config)
@@ -210,16 +225,13 @@ def leaderboard(workspace: str) -> str:
     from endoprint.report import Board, leaderboard_page
 
     cells, split = cells_and_split(space)
-    table = tracking.runs_table(space, kind="train", split_hash=split.hash)
-    latest = table[table["model"].isin(list(space.params.models))]
-    latest = latest.drop_duplicates("model", keep="first").set_index("model", append=True)
+    latest = latest_fits(space)
     if not len(latest):
         raise Refusal(
             "a leaderboard ranks fitted models",
-            "none of this split",
+            "none of these cells and this split",
             "run `endoprint train MODEL`",
         )
-    latest = latest.reset_index("run_id")
     bar = BAR if BAR in latest.index else str(latest.index[0])
     leader = str(latest["macro_f1"].astype(float).idxmax())
     controls: list[str] = []
@@ -242,7 +254,7 @@ def leaderboard(workspace: str) -> str:
         bar=bar,
         n_exposures=len(audit["exposures"]),
         labels={str(m): str(b) for m, b in latest["base_model"].dropna().items()},
-        flags=(*split.notes, *controls),
+        flags=(*split.notes, *_tuned(latest), *controls),
         scheme=split.scheme,
     )
     path = write_json(space.local / "leaderboard.json", board.to_json())
@@ -262,6 +274,17 @@ def leaderboard(workspace: str) -> str:
         run.file(page)
         run.tags({"split_hash": split.hash, "leader": leader})
     return path
+
+
+def _tuned(latest: pd.DataFrame) -> list[str]:
+    """Say of every model whose values were chosen by these very figures that they were."""
+    tried = latest["tuned_trials"].fillna("0").astype(int)  # tags are text
+    return [
+        f"{model}: tuned on these units. Its values are the best of {n} trials on them, so that "
+        "its figure flatters it beside a model that was not tuned."
+        for model, n in tried.items()
+        if n
+    ]
 
 
 def _shuffled(
@@ -289,7 +312,8 @@ def _shuffled(
         runs.read_record(space, run_id, "config"), where=f"models.{model}"
     )
     seed = space.params.seed
-    build = partial(model_class(model), config, seed=seed, resources=resources(space))
+    cls = model_class(model)
+    build = partial(cls, config, seed=seed, resources=resources(space, cls))
     with (
         progress.task(f"shuffled labels, {model}"),
         tracking.run(

@@ -59,6 +59,7 @@ class Geneformer(ExposureModel):
 
     Config = GeneformerConfig
     name = "geneformer"
+    takes_backbone = True
 
     def _learn(self, train: AnnData, valid: AnnData, watch: Watch, work: Path | None) -> None:
         if self.config.pooling == "cls" and self.config.block:
