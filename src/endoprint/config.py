@@ -6,10 +6,10 @@ Every room defines its own `Config` subclass; `params.yaml` of a workspace choos
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -81,7 +81,8 @@ class Config(BaseModel):
 class Params(Config):
     """What `params.yaml` of a workspace chose; each section is validated by its owner's Config."""
 
-    task: str  # names what is asked of the data; experiment and registered model carry it
+    # names what is asked of the data; experiment and registered model carry it
+    task: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
     seed: int = 0
     score: str | None = None  # unlabelled cells (a file or a folder) that `endoprint run` scores
     checkpoint: str | None = None  # folder of a pre-trained encoder; none: the pool's, if any

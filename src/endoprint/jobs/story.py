@@ -30,8 +30,13 @@ class Step:
 
 
 def story_steps(workspace: str) -> list[Step]:
-    """Return the jobs that this workspace's values ask for, in order."""
-    params = Workspace.at(workspace).params
+    """Return the jobs that this workspace's values ask for, in order.
+
+    Every value is checked first: a mistake in the last step's is not found after the others'.
+    """
+    space = Workspace.at(workspace)
+    params = space.params
+    _check(space)
     searched, trials = _search(params)
     steps = [Step("simulate", data.simulate)] if params.simulate else []
     steps += [Step("prepare", data.prepare)]
@@ -65,6 +70,29 @@ def _search(params: Params) -> tuple[str, int]:
 
     config = params.section("search", SearchConfig)
     return config.model or "", config.trials
+
+
+def _check(space: Workspace) -> None:
+    """Refuse a mistake in any section of the values, or in the rules."""
+    from endoprint.cells import CellsConfig
+    from endoprint.design import DesignConfig
+    from endoprint.encoder.pretrain import PretrainConfig
+    from endoprint.gates import read_policy
+    from endoprint.model import model_class
+    from endoprint.search import SearchConfig
+    from endoprint.simulate import SimulateConfig
+    from endoprint.tokens import TokensConfig
+
+    params = space.params
+    params.section("cells", CellsConfig)
+    params.section("design", DesignConfig)
+    params.section("tokens", TokensConfig)
+    params.section("simulate", SimulateConfig)
+    params.section("pretrain", PretrainConfig)
+    searched = params.section("search", SearchConfig).model
+    for name in [*params.models, *([searched] if searched else [])]:
+        model_class(name).Config.of(params.models.get(name, {}), where=f"models.{name}")
+    read_policy(space.policy)
 
 
 def model_names(workspace: str) -> list[str]:
