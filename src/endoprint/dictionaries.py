@@ -12,7 +12,10 @@ import os
 import pickletools
 import re
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import Any
 
@@ -104,28 +107,45 @@ def fetch(name: str, folder: str | Path, *, base: str | None = None) -> Path:
     if name not in SERIES:
         raise Refusal("a published vocabulary is v1 or v2", name, "name one of them")
     series, folder = SERIES[name], Path(folder)
-    base = (base or os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
-    if not base.startswith(("https://", "http://")):
-        raise Refusal("the hub's address begins with https:// or http://", base, "mend it")
+    hub = address(base)
     for stem, sha256_pickle, sha256_json in series.files.values():
         target = folder / f"{stem}.json"
         if target.is_file() and _sha256(target.read_bytes()) == sha256_json:
             continue
-        url = f"{base}/{REPOSITORY}/resolve/{REVISION}/{series.folder}/{stem}.pkl"
-        try:
-            with urllib.request.urlopen(url, timeout=60) as answer:
-                raw = answer.read(MAX_DICTIONARY_BYTES)
-        except (OSError, ValueError) as error:
-            raise Refusal(
-                f"vocabulary {name} is fetched from the hub",
-                f"{error} at {url}",
-                "try again, or give a folder of the dictionaries",
-            ) from None
+        url = f"{hub}/{series.folder}/{stem}.pkl"
+        with asked(url, f"vocabulary {name}", "give a folder of the dictionaries") as answer:
+            raw = answer.read(MAX_DICTIONARY_BYTES)
         _must_be(sha256_pickle, raw, url)
         converted = json.dumps(read_pickled_dictionary(raw, url)).encode()
         _must_be(sha256_json, converted, f"{url} as JSON")
         put(target, converted)
     return folder
+
+
+def address(base: str | None = None) -> str:
+    """Return where the pinned revision's files are: `base`, else HF_ENDPOINT, else the hub."""
+    base = (base or os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
+    if not base.startswith(("https://", "http://")):
+        raise Refusal("the hub's address begins with https:// or http://", base, "mend it")
+    return f"{base}/{REPOSITORY}/resolve/{REVISION}"
+
+
+@contextmanager
+def asked(url: str, what: str, instead: str, *, start: int = 0) -> Iterator[HTTPResponse]:
+    """Give the hub's answer, from byte `start` on if it can; what goes wrong is one line.
+
+    `what` is fetched, `instead` is what else can be done.
+    """
+    wanted = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+    try:
+        with urllib.request.urlopen(wanted, timeout=60) as answer:
+            yield answer
+    except Refusal:
+        raise
+    except (OSError, ValueError, HTTPException) as error:
+        raise Refusal(
+            f"{what} is fetched from the hub", f"{error} at {url}", f"try again, or {instead}"
+        ) from error
 
 
 def find(folder: Path, series: Series, role: str) -> Path | None:

@@ -57,7 +57,7 @@ def show(screen: Any) -> None:
 
 def main() -> None:
     """Entry point of the `endoprint` command."""
-    from endoprint.cli import data, fitting, registry, story  # noqa: F401 -- they add commands
+    from endoprint.cli import data, embedding, fitting, registry, story  # noqa: F401 -- they add commands
 
     try:
         app()

@@ -34,6 +34,12 @@ PUBLISHED = {
         "Geneformer V2-104M_CLcancer"
     ),
     "965ceccea81953d362081ef3843560a0e4fef88d396c28017881f1e94b1246f3": "Geneformer V2-316M",
+    # older shapes: from the pointers of a public copy, whose sizes are the published ones
+    "4365ba23e393fcfa0e65a94ac64a0983cd788bd23a8d4914f4ab66f85cfe043c": "Geneformer gf-12L-95M",
+    "2451adeed240c165634fea60ccba17063da8a2843ea9fcdcc0ce185720bf0dc2": (
+        "Geneformer gf-12L-95M_CLcancer"
+    ),
+    "db85c081a6d392448955c7d0185e26aba74507518df991ca8c69ee9108ce8bbf": "Geneformer gf-20L-95M",
 }
 
 # What a checkpoint may hold beyond the encoder: other heads, and the decoder tied to the tokens

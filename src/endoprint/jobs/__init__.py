@@ -20,6 +20,7 @@ from endoprint.jobs.data import (
     tokenise,
     tokenize_file,
 )
+from endoprint.jobs.embedding import embed
 from endoprint.jobs.fitting import figures_of, leaderboard, pretrain, train
 from endoprint.jobs.live import gc, promote, register, retire, rollback, score
 from endoprint.jobs.searching import search, search_result
@@ -39,6 +40,7 @@ __all__ = [
     "audit_file",
     "check",
     "curate",
+    "embed",
     "figures_of",
     "gc",
     "init",
@@ -50,10 +52,10 @@ __all__ = [
     "pretrain",
     "promote",
     "register",
-    "score",
-    "search",
     "retire",
     "rollback",
+    "score",
+    "search",
     "search_result",
     "simulate",
     "simulate_to",

@@ -233,7 +233,7 @@ def tokenise(workspace: str) -> str:
         vocabulary = Vocabulary.fit(cells.load(space.pool), max_length=config.max_length)
     else:
         folder = config.dictionaries and str(space.root / config.dictionaries)
-        vocabulary = _vocabulary(config.vocabulary, folder, space)
+        vocabulary = load_vocabulary(config.vocabulary, folder, space)
     vocabulary.write(space.vocabulary)
     with progress.task("tokenise") as step:
         tokens.tokenize_file(space.cells, space.tokens, vocabulary, watch=step.reach)
@@ -248,13 +248,13 @@ def tokenize_file(
 
     from endoprint import tokens
 
-    chosen = _vocabulary(vocabulary, dictionaries, Workspace.at("."))
+    chosen = load_vocabulary(vocabulary, dictionaries, Workspace.at("."))
     with progress.task("tokenise") as step:
         made = tokens.tokenize_file(file, out, chosen, watch=step.reach)
     return {"tokens": out, **asdict(made)}
 
 
-def _vocabulary(name: str, dictionaries: str | None, space: Workspace) -> Vocabulary:
+def load_vocabulary(name: str, dictionaries: str | None, space: Workspace) -> Vocabulary:
     """Load a vocabulary; a published one from a folder told, by the environment, or the hub."""
     from endoprint import tokens
 
