@@ -75,7 +75,7 @@ class Reader(nn.Module, ABC):
         """Return the modules before the layers, and the layers: what `frozen_layers` counts."""
 
     @abstractmethod
-    def gene_table(self) -> nn.Parameter:
+    def gene_table(self) -> Tensor:
         """Return the embeddings of genes, which learn faster than the rest."""
 
     def forward(self, minibatch: Minibatch) -> tuple[Tensor, Tensor]:
@@ -134,8 +134,8 @@ class Network(Reader):
     def stages(self) -> tuple[list[nn.Module], list[nn.Module]]:
         return [self.bert.embeddings], list(self.bert.encoder.layer)
 
-    def gene_table(self) -> nn.Parameter:
-        table: nn.Parameter = self.bert.embeddings.word_embeddings.weight
+    def gene_table(self) -> Tensor:
+        table: Tensor = self.bert.embeddings.word_embeddings.weight
         return table
 
 

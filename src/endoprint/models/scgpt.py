@@ -1,0 +1,290 @@
+"""scGPT: a transformer over genes and the bins of their expression, fine-tuned on exposure.
+
+The encoder is scGPT's (Cui 2024, Nature Methods 21:1470), read from a released checkpoint folder
+or drawn at random; which of the two is in `provenance["backbone"]`, with every weight of the
+checkpoint that went unused. It is fine-tuned as Geneformer is, by the same loop and levers.
+Upstream's own way of reading a cell is `block=0, pooling="cls"`; the defaults are the levers'.
+
+What differs from upstream: ties between bin edges and the genes kept of a long cell do not change
+from call to call; one linear head on a standardised vector instead of three layers; each gene also
+votes (`has_votes`); no batch normalisation by domain.
+
+n cells, E exposures, D width of the encoder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+from torch import Tensor, nn
+
+from endoprint import bins
+from endoprint.config import Refusal
+from endoprint.curated import matrix, sums
+from endoprint.encoder import scgpt_backbone as backbone
+from endoprint.encoder import scgpt_checkpoint
+from endoprint.encoder.backbone import Origin
+from endoprint.encoder.loop import Lesson, Loop
+from endoprint.encoder.minibatches import Minibatch
+from endoprint.encoder.network import Answers, Reader, answer
+from endoprint.encoder.recipe import Recipe, device_at_hand
+from endoprint.model import ExposureModel, State, Watch
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+SCRATCH = "endoprint small scGPT, random start, never pre-trained; not the published scGPT"
+VOTES = "each gene also votes directly, which is no part of scGPT"
+
+
+class ScgptConfig(Recipe):
+    """The shared levers, how expression is binned, and the shape where no checkpoint is given."""
+
+    layers: int = 2  # of an encoder from scratch; one that is loaded keeps its own
+    hidden: int = 64  # width, likewise
+    heads: int = 2
+    ffn: int = 64  # width inside each layer's feed-forward part
+    n_bins: int = 51  # with the zero; likewise
+    ties: bins.Ties = "middle"  # between bin edges; upstream's even draw, by cell: "drawn"
+    max_length: int = (
+        3001  # genes of a cell and `<cls>`: upstream's for 3,000 variable genes; 0: all
+    )
+
+
+class ScgptNetwork(Reader):
+    """Read a cell's genes and their levels with scGPT's encoder."""
+
+    scgpt: backbone.ScgptEncoder
+
+    def __init__(
+        self,
+        scgpt: backbone.ScgptEncoder,
+        n_exposures: int,
+        *,
+        has_votes: bool,
+        vector_dropout: float = 0.0,
+        genes_per_cell: float = 1.0,
+        uses_bf16: bool = False,
+    ) -> None:
+        super().__init__(
+            "scgpt",
+            scgpt,
+            n_exposures,
+            width=scgpt.shape.width,
+            n_tokens=scgpt.shape.n_tokens,
+            has_votes=has_votes,
+            vector_dropout=vector_dropout,
+            genes_per_cell=genes_per_cell,
+            uses_bf16=uses_bf16,
+        )
+
+    def hidden(self, minibatch: Minibatch) -> Tensor:
+        if minibatch.levels_RT is None:
+            raise Refusal("scGPT reads genes with levels", "ranks", "bin the cells (bins.of)")
+        hidden: Tensor = self.scgpt(minibatch.ids_RT, minibatch.levels_RT, minibatch.mask_RT)
+        return hidden
+
+    def stages(self) -> tuple[list[nn.Module], list[nn.Module]]:
+        return [self.scgpt.encoder, self.scgpt.value_encoder], self.scgpt.layers()
+
+    def gene_table(self) -> Tensor:
+        return self.scgpt.encoder.embedding.weight
+
+
+class Scgpt(ExposureModel):
+    """Read a cell's genes with how much there is of each, and weigh every exposure."""
+
+    Config = ScgptConfig
+    name = "scgpt"
+
+    def _learn(self, train: AnnData, valid: AnnData, watch: Watch, work: Path | None) -> None:
+        if self.config.pooling == "cls" and self.config.block:
+            raise Refusal(
+                "first-position pooling needs the whole cell in one row",
+                f"block {self.config.block}",
+                "set block to 0, or pool by rank or mean",
+            )
+        known = valid.obs["exposure"].astype(str).isin(self.exposures).to_numpy()
+        encoder, about = self._begin(train)
+        learned, checked = self._lesson(train), self._lesson(valid[known])
+        self._layout = self.config.layout(has_specials=False)  # `<cls>` is known by its level
+        self._network = self._network_of(
+            encoder, genes_per_cell=max(float(learned.tokens.lengths.mean()) - 1, 1.0)
+        )
+        loop = Loop(
+            self._network,
+            learned,
+            checked,
+            self.config,
+            self._layout,
+            seed=self.seed,
+            work=work,
+        )
+        progress = loop.run(watch)
+        self.provenance |= about | {"epochs": progress.epoch, "best_epoch": progress.best_epoch}
+        if self.config.has_votes:
+            self.provenance["note"] = VOTES
+
+    def _begin(self, train: AnnData) -> tuple[backbone.ScgptEncoder, dict[str, Any]]:
+        """Return the encoder, its genes those of the training cells, and what to say of it."""
+        config, folder = self.config, self.resources.backbone
+        if folder is not None and scgpt_checkpoint.is_checkpoint(folder):
+            held = scgpt_checkpoint.read(
+                folder, dropout=config.dropout, attention_dropout=config.attention_dropout
+            )
+            self._n_bins = held.n_bins
+            named = _rows(train, held.tokens)
+            self._genes = [gene for gene, row in named if row is not None]
+            rows = [row for _, row in named if row is not None]
+            if not rows:
+                raise Refusal(
+                    "an scGPT checkpoint knows some genes of the cells, by symbol or id",
+                    f"none of {train.n_vars} (such as {train.var_names[0]}) in {folder.name}",
+                    "give the cells a symbol per gene (`var['symbol']`)",
+                )
+            # ids of one symbol share its row, and their counts are summed
+            kept = sorted(set(rows))
+            place = {row: i for i, row in enumerate(kept)}
+            self._tokens = [place[row] for row in rows]
+            specials = [held.tokens["<pad>"], held.tokens["<cls>"]]
+            held.encoder.keep_tokens(np.array([*specials, *kept], dtype=np.int64))
+            about = held.origin.to_json() | {"unloaded": held.unloaded}
+            return held.encoder, self._told(train, about, "scGPT checkpoint", units=[])
+        expressed = sums(train.X.T) > 0
+        self._genes = sorted(str(gene) for gene in train.var_names[expressed])
+        self._tokens = [*range(len(self._genes))]
+        self._n_bins = config.n_bins
+        shape = backbone.Shape(
+            n_tokens=len(self._genes) + bins.FIRST_GENE,
+            width=config.hidden,
+            layers=config.layers,
+            heads=config.heads,
+            ffn=config.ffn,
+        )
+        made = backbone.build(
+            shape,
+            seed=self.seed,
+            dropout=config.dropout,
+            attention_dropout=config.attention_dropout,
+        )
+        about = Origin(SCRATCH, "scratch").to_json() | {"unloaded": []}
+        units = sorted(set(train.obs["unit"].astype(str)))
+        return made, self._told(train, about, "training cells", units=units)
+
+    def _told(
+        self, train: AnnData, about: dict[str, Any], name: str, *, units: list[str]
+    ) -> dict[str, Any]:
+        digest = hashlib.sha256("\n".join(self._genes).encode())
+        digest.update(np.array(self._tokens, dtype="<i8").tobytes())
+        in_all, in_known = float(train.X.sum()), float(matrix(train, self._genes).sum())
+        return {
+            "backbone": about,
+            "vocabulary": {
+                "name": name,
+                "sha256": digest.hexdigest(),
+                "units": units,
+                "n_genes": train.n_vars,
+                "n_known": len(self._genes),
+                "share_of_counts": in_known / in_all if in_all else 0.0,
+            },
+        }
+
+    def _lesson(self, cells: AnnData) -> Lesson:
+        truth = pd.Index(self.exposures).get_indexer(pd.Index(cells.obs["exposure"].astype(str)))
+        return Lesson(self._binned(cells), truth.astype(np.int64))
+
+    def _binned(self, cells: AnnData) -> bins.Binned:
+        place = pd.Index(self._genes).get_indexer(pd.Index(cells.var_names))
+        tokens = np.array([*self._tokens, -1], dtype=np.int64)  # the last: a gene not known
+        return bins.of(
+            cells,
+            tokens[place],
+            n_genes=max(self._tokens) + 1,
+            n_bins=self._n_bins,
+            max_length=self.config.max_length,
+            ties=self.config.ties,
+            seed=self.seed,
+        )
+
+    def _network_of(
+        self, encoder: backbone.ScgptEncoder, *, genes_per_cell: float
+    ) -> ScgptNetwork:
+        config, device = self.config, device_at_hand()
+        with torch.random.fork_rng(devices=[]):  # layers draw weights that are then zeroed
+            network = ScgptNetwork(
+                encoder,
+                len(self.exposures),
+                has_votes=config.has_votes,
+                vector_dropout=config.vector_dropout,
+                genes_per_cell=genes_per_cell,
+                uses_bf16=config.precision == "bf16"
+                or (config.precision == "auto" and device.type == "cuda"),
+            )
+        return network.to(device)
+
+    # -- answers --------------------------------------------------------------------------------
+    def _answer(self, cells: AnnData) -> Answers:
+        return answer(
+            self._network,
+            self._binned(cells),
+            self._layout,
+            minibatch_tokens=self.config.minibatch_tokens,
+        )
+
+    def evidence(self, cells: AnnData) -> Array:
+        return self._answer(cells).logits_BE.astype(np.float64)
+
+    def embed(self, cells: AnnData) -> Array:
+        """Return the pooled, standardised hidden states, (n, D)."""
+        return self._answer(cells).vectors_BD
+
+    # -- disk -----------------------------------------------------------------------------------
+    def _state(self) -> State:
+        return State(
+            {
+                "shape": self._network.scgpt.shape.to_json(),
+                "genes": self._genes,
+                "tokens": self._tokens,
+                "n_bins": self._n_bins,
+            },
+            {
+                key: value.detach().cpu().numpy()
+                for key, value in self._network.state_dict().items()
+            },
+        )
+
+    def _restore(self, state: State) -> None:
+        self._genes = list(state.values["genes"])
+        self._tokens = list(state.values["tokens"])
+        self._n_bins = int(state.values["n_bins"])
+        self._layout = self.config.layout(has_specials=False)
+        encoder = backbone.build(
+            backbone.Shape(**state.values["shape"]),
+            seed=0,
+            dropout=self.config.dropout,
+            attention_dropout=self.config.attention_dropout,
+        )
+        self._network = self._network_of(encoder, genes_per_cell=1.0)
+        self._network.load_state_dict(
+            {key: torch.from_numpy(array) for key, array in state.arrays.items()}
+        )
+        self._network.eval()
+
+
+def _rows(cells: AnnData, tokens: dict[str, int]) -> list[tuple[str, int | None]]:
+    """Return the checkpoint's row of every gene, by id, else by symbol in any case; or None."""
+    ids = [str(gene) for gene in cells.var_names]
+    symbols = cells.var["symbol"].astype(str) if "symbol" in cells.var else ids
+    specials = set(scgpt_checkpoint.SPECIALS)
+    known = {name: row for name, row in tokens.items() if name not in specials}
+    folded = {name.upper(): row for name, row in reversed(known.items())}
+    found = []
+    for gene, symbol in zip(ids, symbols):
+        row = known.get(gene, known.get(symbol))
+        found.append((gene, folded.get(symbol.upper()) if row is None else row))
+    return found
