@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from conftest import a_workspace
 from endoprint import curated, jobs, registry
 from endoprint.config import Refusal
 from endoprint.workspace import Workspace
@@ -131,3 +135,32 @@ def test_a_search_without_a_number_of_trials_takes_the_usual_one(told: str) -> N
     change(told, lambda values: values["search"].pop("trials"))
     search = next(step for step in jobs.story_steps(told) if step.name.startswith("search"))
     assert search.arguments["trials"] == 20
+
+
+# -- what a kill leaves behind --------------------------------------------------------------------
+def test_gc_lists_what_dead_writers_left_and_spares_those_who_live(space: Workspace) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = [space.root / f"data/cells/.cells.h5ad.{dead.pid}.part"]
+    left += [space.local / f"models/.{'0' * 64}.{dead.pid}.part"]
+    mine = space.root / f"data/cells/.cells.h5ad.{os.getpid()}.part"
+    for path in (*left[:1], mine):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    left[1].mkdir(parents=True)
+    said = jobs.gc(str(space.root))["items"]
+    assert said == [f"half-written {path.relative_to(space.root)}" for path in left]
+    assert jobs.gc(str(space.root), delete=True)["items"] == said
+    assert [path.exists() for path in (*left, mine)] == [False, False, True]
+
+
+def test_a_pool_that_is_refused_leaves_no_curated_cells_behind(tmp_path: Path) -> None:
+    root = a_workspace(tmp_path / "space")
+    change(str(root), lambda values: values["cells"].update(pool=values["cells"]["source"]))
+    with pytest.raises(Refusal, match="other units than the labelled"):
+        jobs.curate(str(root))
+    # without units to compare, the same cells are still the same
+    change(str(root), lambda values: values["cells"].update(unit_keys=[], technical_fold="run"))
+    with pytest.raises(Refusal, match="cell .* in both"):
+        jobs.curate(str(root))
+    assert not Workspace.at(root).cells.exists()

@@ -6,15 +6,21 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import psutil
 
 from endoprint import tracking
 from endoprint.config import Refusal
 from endoprint.workspace import Workspace
+
+UNFINISHED_SECONDS = (
+    3600  # a copy that has not grown for so long has nobody who makes it (a guess)
+)
 
 
 def finished(workspace: Workspace, kind: tracking.Kind, tags: Mapping[str, str]) -> list[str]:
@@ -81,10 +87,39 @@ def scratch(workspace: Workspace) -> list[Path]:
     ]
 
 
-def clear(folders: Sequence[Path]) -> None:
-    """Remove folders of intermediate files."""
-    for folder in folders:
-        shutil.rmtree(folder)
+def torn(workspace: Workspace) -> list[Path]:
+    """Return what writers that died left half-written: `.NAME.PID.part` and unfinished copies.
+
+    Under `data` and `.endoprint`; a writer that still lives keeps its own.
+    """
+    found = [
+        path
+        for top in (workspace.root / "data", workspace.local / "models")
+        for path in sorted(top.rglob(".*.part"))
+        if not _is_being_written(path)
+    ]
+    backbones = workspace.local / "backbones"
+    known = {run.info.run_id for run in _search(workspace, "tags.kind = 'pretrain'")}
+    long_ago = time.time() - UNFINISHED_SECONDS
+    return found + [
+        path
+        for path in sorted(backbones.glob("tmp*"))
+        if path.name not in known and path.stat().st_mtime < long_ago
+    ]
+
+
+def _is_being_written(path: Path) -> bool:
+    pid = path.name.removesuffix(".part").rpartition(".")[2]
+    return not pid.isdigit() or psutil.pid_exists(int(pid))
+
+
+def clear(paths: Sequence[Path]) -> None:
+    """Remove intermediate files and folders."""
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _search(workspace: Workspace, asked: str) -> list[Any]:  # mlflow.entities.Run, untyped

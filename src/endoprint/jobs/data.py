@@ -139,19 +139,23 @@ def curate(workspace: str) -> str:
 
     kept, report = cells.curate(cells.read(config.source, config), config)
     reports = {"cells": report.to_json()}
-    space.cells.parent.mkdir(parents=True, exist_ok=True)
-    cells.write(kept, space.cells)
+    pool = None
     if config.pool:
         pool, report = cells.curate(cells.read(config.pool, config), config, labelled=False)
         shared = sorted(set(pool.obs.get("unit", ())) & set(kept.obs["unit"]) - {""})
-        if shared:
+        # without units, cells in both are all that can be found out
+        alike = [] if config.unit_keys else sorted(set(pool.obs_names) & set(kept.obs_names))
+        if shared or alike:
             raise Refusal(
                 "the pool holds other units than the labelled cells",
-                f"unit {shared[0]!r} in both",
-                "leave that unit out of the pool: pre-training must not see a judged unit",
+                f"unit {shared[0]!r} in both" if shared else f"cell {alike[0]!r} in both",
+                "leave that out of the pool: pre-training must not see a judged unit",
             )
-        cells.write(pool, space.pool)
         reports["pool"] = report.to_json()
+    # written when nothing can be refused any more
+    cells.write(kept, space.cells)
+    if pool is not None:
+        cells.write(pool, space.pool)
     return write_json(space.curation, reports)
 
 

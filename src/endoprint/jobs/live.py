@@ -134,7 +134,9 @@ def gc(workspace: str, *, delete: bool = False) -> dict[str, Any]:
     unneeded, scratch = runs.unneeded(space), runs.scratch(space)
     items = [f"run {run_id} ({status})" for run_id, status in unneeded.items()]
     items += [f"scratch of run {path.name}" for path in scratch]
+    torn = runs.torn(space)
+    items += [f"half-written {path.relative_to(space.root)}" for path in torn]
     if delete:
         runs.delete(space, list(unneeded))
-        runs.clear(scratch)
+        runs.clear([*scratch, *torn])
     return {"items": items, "closed": closed, "deleted": delete}
