@@ -9,6 +9,7 @@ import shutil
 import threading
 from collections import namedtuple
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,9 +18,12 @@ import numpy as np
 import pytest
 import torch
 from transformers import BertForMaskedLM
+from typer.testing import CliRunner
 
 from conftest import planted_cells
-from endoprint import tokens
+from endoprint import curated, jobs, tokens
+from endoprint.cli import app
+from endoprint.cli import fitting as _fitting  # noqa: F401 -- adds `pretrain`
 from endoprint.config import Refusal
 from endoprint.dictionaries import REVISION
 from endoprint.encoder import backbone, checkpoints
@@ -27,6 +31,7 @@ from endoprint.encoder.checkpoints import CHECKPOINTS, Checkpoint, fetch
 from endoprint.encoder.pretrain import PretrainConfig, pretrain
 from endoprint.jobs.materials import backbone_folder, resources
 from endoprint.models.geneformer import Geneformer
+from endoprint.models.logistic import Logistic
 from endoprint.vocabulary import Vocabulary
 from endoprint.workspace import Workspace
 
@@ -60,7 +65,8 @@ class Hub:
                 if hub.says_length:
                     self.send_header("Content-Length", str(len(hub.body) - start))
                 self.end_headers()
-                self.wfile.write(hub.body[start : hub.breaks_off_at])
+                with suppress(ConnectionError):  # one who has read enough hangs up
+                    self.wfile.write(hub.body[start : hub.breaks_off_at])
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -365,3 +371,73 @@ def test_masked_learning_goes_on_from_a_published_checkpoint(hub, small, tmp_pat
     assert backbone.origin_of(tmp_path / "on").origin == "pretrained here"
     assert np.isfinite(label["loss_after"])
     assert backbone.read(tmp_path / "on").config.num_hidden_layers == 1
+
+
+@pytest.fixture
+def pooled(space, hub, small, tmp_path, monkeypatch) -> Workspace:
+    """A workspace with a pool of other units, in the vocabulary of the small backbone."""
+    monkeypatch.setenv("HF_ENDPOINT", hub.base)
+    monkeypatch.setattr("endoprint.jobs.materials.load_vocabulary", lambda *_: small[1])
+    pool = planted_cells(n_units=1, n_cells=8, n_genes=30, seed=5)
+    pool.obs["unit"] = "pooled"
+    curated.write(pool, space.pool)
+    space.vocabulary.parent.mkdir(parents=True, exist_ok=True)
+    small[1].write(space.vocabulary)
+    (space.root / "params.yaml").write_text(
+        "task: toy\npretrain: {layers: 1, hidden: 8, ffn: 8, epochs: 1}\n"
+    )
+    return Workspace.at(space.root)
+
+
+def test_the_command_goes_on_from_a_published_name_and_a_fit_may_start_there(
+    pooled, hub, monkeypatch
+):
+    monkeypatch.chdir(pooled.root)
+    done = CliRunner().invoke(app, ["pretrain", "--start", NAME, "--json"])
+    assert done.exit_code == 0, done.output
+    said = json.loads(done.stdout)
+    made = pooled.root / said["checkpoint"]
+    label = json.loads((made / "backbone.json").read_text())
+    assert f"continued from Geneformer {NAME}, published weights" in label["label"]
+    assert label["units"] == ["pooled"]
+    assert label["config"]["lr"] == pytest.approx(2e-4)  # a tenth of what begins from scratch
+    # once is enough, from scratch is another run, and so are other weights
+    shutil.rmtree(made)
+    again = jobs.pretrain(".", start=NAME)
+    assert (again, len(hub.asked)) == (said["run_id"], 1)
+    assert made.is_dir()
+    assert jobs.pretrain(".") != again != jobs.pretrain(".", start=str(made))
+    with (pooled.root / "params.yaml").open("a") as params:
+        params.write(f"checkpoint: {said['checkpoint']}\n")
+    assert resources(Workspace.at(pooled.root), Geneformer).backbone == made
+    assert resources(Workspace.at(pooled.root), Logistic).backbone is None
+
+
+def test_going_on_keeps_a_learning_rate_that_was_chosen(pooled):
+    params = pooled.root / "params.yaml"
+    params.write_text(params.read_text().replace("epochs: 1", "epochs: 1, lr: 0.001"))
+    run = jobs.pretrain(str(pooled.root), start=NAME)
+    label = json.loads((pooled.local / "backbones" / run / "backbone.json").read_text())
+    assert label["config"]["lr"] == pytest.approx(1e-3)
+
+
+def test_going_on_in_another_vocabulary_is_refused_and_tracks_nothing(pooled):
+    other = Vocabulary.fit(planted_cells(n_units=1, n_cells=8, n_genes=20), max_length=64)
+    other.write(pooled.vocabulary)
+    with pytest.raises(Refusal, match="vocabulary of the backbone"):
+        jobs.pretrain(str(pooled.root), start=NAME)
+    assert not (pooled.local / "work").exists()
+
+
+def test_a_backbone_that_has_seen_a_judged_unit_is_refused(pooled):
+    run = jobs.pretrain(str(pooled.root), start=NAME)
+    made = pooled.local / "backbones" / run
+    cells = planted_cells(n_units=2, n_cells=4, n_genes=30)
+    cells.obs["unit"] = cells.obs["unit"].replace("u1", "pooled")
+    curated.write(cells, pooled.cells)
+    with (pooled.root / "params.yaml").open("a") as params:
+        params.write(f"checkpoint: {made}\n")
+    with pytest.raises(Refusal, match="'pooled' among those"):
+        resources(Workspace.at(pooled.root), Geneformer)
+    with pytest.raises(Refusal, match="'pooled' among those"):
+        jobs.pretrain(str(pooled.root), start=str(made))

@@ -12,10 +12,23 @@ from endoprint.cli import Folder, Json, app, say, show
 
 
 @app.command()
-def pretrain(workspace: Folder = Path(), as_json: Json = False) -> None:
+def pretrain(
+    start: Annotated[
+        str, typer.Option(help="go on from a folder, or a published name such as V2-104M")
+    ] = "",
+    workspace: Folder = Path(),
+    as_json: Json = False,
+) -> None:
     """Pre-train a small Geneformer by masked learning on the pool of unlabelled cells."""
-    run = jobs.pretrain(str(workspace))
-    say({"run_id": run}, f"backbone pre-trained; run {run}", as_json)
+    if not start:
+        run = jobs.pretrain(str(workspace))
+        say({"run_id": run}, f"backbone pre-trained; run {run}", as_json)
+        return
+    here = str(Path(start).resolve()) if Path(start).is_dir() else start
+    run = jobs.pretrain(str(workspace), start=here)
+    made = f".endoprint/backbones/{run}"
+    text = f"backbone pre-trained on from {start}; run {run}\nto fit on it, in params.yaml:"
+    say({"run_id": run, "checkpoint": made}, f"{text}\ncheckpoint: {made}", as_json)
 
 
 @app.command()

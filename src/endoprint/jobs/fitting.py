@@ -15,6 +15,7 @@ from endoprint.jobs.materials import (
     both,
     cells_and_split,
     latest_fits,
+    named_backbone,
     pretrain_key,
     refuse_held_out_lines,
     resources,
@@ -38,15 +39,19 @@ FEWEST_TO_SHUFFLE = 3  # units; of two, and two exposures, half of all shuffles 
 
 
 # -- pre-training -------------------------------------------------------------------------------
-def pretrain(workspace: str) -> str:
+def pretrain(workspace: str, *, start: str = "") -> str:
     """Pre-train a small backbone on the pool; return its run id.
 
-    The same pool, vocabulary and values give the run that stands already.
+    The same pool, vocabulary and values give the run that stands already. `start`: a backbone to
+    go on from, a folder or a published name, at a tenth of the learning rate unless params.yaml
+    says one; what comes of it lies in `.endoprint/backbones/RUN`, for `checkpoint` to name.
     """
     space = Workspace.open(workspace)
     from endoprint import cells, runs, tokens, tracking
+    from endoprint.encoder import backbone
     from endoprint.encoder.pretrain import PretrainConfig
     from endoprint.encoder.pretrain import pretrain as learn
+    from endoprint.lineage import hash_of
     from endoprint.vocabulary import Vocabulary
 
     config = space.params.section("pretrain", PretrainConfig)
@@ -66,8 +71,18 @@ def pretrain(workspace: str) -> str:
     pool = cells.load(space.pool)
     refuse_held_out_lines(space, pool)
     key = pretrain_key(space)
+    begun = named_backbone(space, start) if start else None
+    if begun is not None:
+        origin = backbone.origin_of(begun)
+        if origin.vocabulary_sha256 is not None:
+            vocabulary.require(origin.vocabulary_sha256, "the backbone")
+        key = hash_of({"pretrain": key, "start": origin.sha256})
+        if "lr" not in config.model_fields_set:
+            config = config.model_copy(update={"lr": config.lr / 10})
     done = runs.finished(space, "pretrain", {"pretrain_key": key})
     if done:
+        if begun is not None:
+            runs.fetch(space, done[0], "backbone", space.local / "backbones")
         return done[0]
     with (
         progress.task("pretrain", config.epochs) as step,
@@ -81,6 +96,7 @@ def pretrain(workspace: str) -> str:
             config,
             folder,
             units=sorted(set(pool.obs["unit"].astype(str))),
+            start=begun,
             seed=space.params.seed,
             watch=both(run.watch, step.watch),
         )
@@ -90,6 +106,8 @@ def pretrain(workspace: str) -> str:
             run.file(file, "backbone")
         run.tags({"pretrain_key": key, "vocabulary_sha256": vocabulary.sha256})
         shutil.rmtree(folder)
+    if begun is not None:
+        runs.fetch(space, run.run_id, "backbone", space.local / "backbones")
     return run.run_id
 
 

@@ -46,13 +46,8 @@ def resources(space: Workspace, kind: type[ExposureModel]) -> Resources:
     # else every fit makes its own, on its training cells
     has_tokens = space.tokens.is_file() and sha256 is not None
     backbone = None
-    if space.params.checkpoint:
-        dictionaries = str(space.params.tokens.get("dictionaries") or "")
-        backbone = backbone_folder(
-            space,
-            space.params.checkpoint,
-            dictionaries=dictionaries and str(space.root / dictionaries),
-        )
+    if space.params.checkpoint and kind.takes_backbone:
+        backbone = named_backbone(space, space.params.checkpoint)
     elif space.params.pretrain and kind.takes_backbone:
         found = runs.finished(space, "pretrain", {"pretrain_key": pretrain_key(space)})
         if not found:
@@ -123,6 +118,27 @@ def latest_fits(space: Workspace) -> pd.DataFrame:
     is_of_these = table["cells_md5"].isna() | (table["cells_md5"] == md5(space.cells))
     latest = table[is_asked & is_of_these].drop_duplicates("model", keep="first")
     return latest.reset_index("run_id").set_index("model")
+
+
+def named_backbone(space: Workspace, named: str) -> Path:
+    """Return the folder of a backbone that has seen no unit of this workspace's labelled cells."""
+    from endoprint import cells
+    from endoprint.encoder import backbone
+
+    dictionaries = str(space.params.tokens.get("dictionaries") or "")
+    folder = backbone_folder(
+        space, named, dictionaries=dictionaries and str(space.root / dictionaries)
+    )
+    seen = set(backbone.origin_of(folder).units) - {""}
+    if seen and space.cells.is_file():
+        both = sorted(seen & set(cells.read_obs(space.cells)["unit"].astype(str)))
+        if both:
+            raise Refusal(
+                "a backbone has seen no unit that a fit is judged on",
+                f"unit {both[0]!r} among those {folder.name} was pre-trained on",
+                "pre-train it without these units",
+            )
+    return folder
 
 
 def backbone_folder(space: Workspace, named: str, *, dictionaries: str = "") -> Path:
