@@ -18,10 +18,12 @@ from endoprint.metrics import call, f1_by_exposure
 # A row that is slow at its defaults says here how it is made small; the rest run as they stand.
 SMALL: dict[str, dict[str, object]] = {
     "geneformer": {"layers": 1, "hidden": 32, "ffn": 64, "epochs": 4, "min_steps": 120},
+    "scgpt": {"layers": 1, "hidden": 32, "ffn": 32, "epochs": 4, "min_steps": 120},
 }
 # Where a row answers in minibatches, a size that cuts the cells quite differently.
 OTHER_MINIBATCH: dict[str, dict[str, object]] = {
     "geneformer": {"minibatch_cells": 3, "minibatch_tokens": 256},
+    "scgpt": {"minibatch_cells": 3, "minibatch_tokens": 256},
 }
 
 EXPOSURES = ["DMSO", "LIVER-X_AGONIST", "RET_AGONIST"]

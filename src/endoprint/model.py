@@ -338,6 +338,14 @@ TABLE: dict[str, Row] = {
         "Theodoris 2023, Nature 618:616",
         "a backbone (published checkpoint or own pre-training), else it starts from scratch",
     ),
+    "scgpt": Row(
+        "endoprint.models.scgpt:Scgpt",
+        "transformer over genes and the bins of their expression, fine-tuned on exposure",
+        "minutes",
+        "MIT",
+        "Cui 2024, Nature Methods 21:1470",
+        "a checkpoint folder (args.json, vocab.json, weights), else it starts from scratch",
+    ),
 }
 
 
