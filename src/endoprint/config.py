@@ -85,7 +85,7 @@ class Params(Config):
     task: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
     seed: int = 0
     score: str | None = None  # unlabelled cells (a file or a folder) that `endoprint run` scores
-    checkpoint: str | None = None  # folder of a pre-trained encoder; none: the pool's, if any
+    checkpoint: str | None = None  # encoder: a folder or published name; none: the pool's, if any
     cells: dict[str, Any] = {}
     design: dict[str, Any] = {}
     tokens: dict[str, Any] = {}
