@@ -624,3 +624,14 @@ def test_a_lost_history_is_said_with_every_verdict(lab: Workspace) -> None:
     register(lab, good_run(lab))
     history.path(lab).unlink()
     assert "the count of openings is in doubt" in promote(lab).verdict.reasons[-1]
+
+
+def test_a_store_that_does_not_answer_is_one_line(
+    space: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://name:secret@127.0.0.1:9")
+    for asked in (lambda: find(space), lambda: tracking.runs_table(space)):
+        with pytest.raises(Refusal, match="got none from 127.0.0.1:9") as refused:
+            asked()
+        assert "secret" not in str(refused.value)

@@ -373,3 +373,9 @@ def test_of_a_folder_the_bad_file_is_named_before_anything_is_scored(
     with pytest.raises(Refusal, match=r"b\.h5ad"):
         run(tmp_path / "in", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_is_no_folder_to_score_into(tmp_path: Path) -> None:
+    (tmp_path / "out").touch()
+    with pytest.raises(Refusal, match="go into a folder; got a file"):
+        score(None, None, tmp_path, tmp_path / "out", cells=None)

@@ -135,6 +135,7 @@ def find(workspace: Workspace, uri: str = CHAMPION) -> Version:
             f"for example models:/{workspace.experiment}@{CHAMPION}",
         )
     name, alias = address["name"], address["alias"]
+    tracking.experiment(workspace, store)  # a store that does not answer is no missing version
     try:
         found = (
             store.get_model_version_by_alias(name, alias)

@@ -108,6 +108,8 @@ def score(
     changes nothing; another job replaces the old one whole. `watch(done, total)` counts cells.
     """
     began = time.perf_counter()
+    if Path(out_dir).exists() and not Path(out_dir).is_dir():
+        raise Refusal("scores go into a folder", f"a file at {out_dir}", "name a folder")
     files = _files(Path(path))
     inputs = [_look_at(file, model, cells) for file in files]
     key = job_key(version.sha256, inputs, cells)

@@ -37,7 +37,7 @@ from mlflow.entities import (
     ViewType,
 )
 
-from endoprint.config import Config
+from endoprint.config import Config, Refusal
 from endoprint.lineage import Lineage
 from endoprint.model import Pruned
 from endoprint.workspace import QUIET, Workspace
@@ -102,7 +102,14 @@ def ambient(workspace: Workspace) -> Iterator[None]:
 
 def experiment(workspace: Workspace, store: mlflow.MlflowClient) -> str:
     """Return the id of the workspace's experiment, made on first use."""
-    found = store.get_experiment_by_name(workspace.experiment)
+    try:
+        found = store.get_experiment_by_name(workspace.experiment)
+    except mlflow.MlflowException:  # whose message may spell the address out, password included
+        raise Refusal(
+            "MLflow's store answers",
+            f"none from {workspace.tracking_uri.rpartition('@')[2]}",
+            "start it, or mend MLFLOW_TRACKING_URI",
+        ) from None
     if found is None:
         # a server knows its own place for artefacts
         place = workspace.artifacts if workspace.tracking_uri.startswith("sqlite:") else None
