@@ -330,6 +330,13 @@ TABLE: dict[str, Row] = {
         "Apache-2.0",
         "NOHA, bioRxiv 10.1101/2025.08.14.669814",
     ),
+    "neighbours": Row(
+        "endoprint.models.neighbours:Neighbours",
+        "vote of the most similar training cells, along the axes that tell exposures apart",
+        "seconds",
+        "Apache-2.0",
+        "Cover & Hart 1967; metric of Hastie & Tibshirani 1996, IEEE PAMI 18:607",
+    ),
     "geneformer": Row(
         "endoprint.models.geneformer:Geneformer",
         "transformer over genes ranked by expression, fine-tuned on exposure",
