@@ -4,9 +4,9 @@ Weights only, as safetensors, from the pinned revision of the hub's repository. 
 put a `config.json` written from the published shape (so that nothing unpinned is read), the
 vocabulary their tokens are told in, and a label that says what they are.
 
-The weights were never at hand where this was built: the shapes were checked against the published
-parameter counts and file sizes, fetching against a server on the same machine, and loading against
-upstream's outputs on small random checkpoints.
+The weights were never at hand where this was built: names and shapes of the tensors were checked
+against the published parameter counts and, to the byte, file sizes, fetching against a server on
+the same machine, and loading against upstream's outputs on small random checkpoints.
 """
 
 from __future__ import annotations
