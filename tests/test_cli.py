@@ -21,7 +21,7 @@ from endoprint.workspace import Workspace
 from lab import moved_copy
 
 COMMANDS = [
-    "demo", "init", "run", "simulate", "check", "audit", "curate", "split", "tokenize",
+    "demo", "init", "run", "simulate", "check", "audit", "curate", "split", "tokenize", "embed",
     "pretrain", "search", "train", "models", "leaderboard", "promote", "score", "ui", "gc",
 ]  # fmt: skip
 SIMULATED = ("--cells", "200", "--genes", "120", "--seed", "3")
