@@ -330,6 +330,13 @@ TABLE: dict[str, Row] = {
         "Apache-2.0",
         "NOHA, bioRxiv 10.1101/2025.08.14.669814",
     ),
+    "boosting": Row(
+        "endoprint.models.boosting:Boosting",
+        "gradient-boosted trees on log-normalised variable genes: thresholds and interactions",
+        "seconds",
+        "MIT (LightGBM)",
+        "Friedman 2001; LightGBM: Ke 2017, NeurIPS 30",
+    ),
     "neighbours": Row(
         "endoprint.models.neighbours:Neighbours",
         "vote of the most similar training cells, along the axes that tell exposures apart",
@@ -352,6 +359,20 @@ TABLE: dict[str, Row] = {
         "MIT",
         "Cui 2024, Nature Methods 21:1470",
         "a checkpoint folder (args.json, vocab.json, weights), else it starts from scratch",
+    ),
+    "transport": Row(
+        "endoprint.models.transport:Transport",
+        "entropic optimal transport with frozen potentials: a kernel density on the latent",
+        "seconds",
+        "MIT (POT)",
+        "Cuturi 2013, arXiv 1306.0895",
+    ),
+    "diffusion": Row(
+        "endoprint.models.diffusion:Diffusion",
+        "denoising diffusion on the latent: the exposure under which noise is best removed",
+        "minutes",
+        "Apache-2.0",
+        "Li 2023, arXiv 2303.16203",
     ),
 }
 
