@@ -113,10 +113,12 @@ class Bridge(ExposureModel):
             at_once=self.config.pairs_per_exposure,
             seed=self.seed,
         )
-        self._kinds = Kinds.fit(cells[truth == column], seed=self.seed)
         self._motion = self._blank(cells.shape[1])
         self._motion.fit(ends.within_units(), ends.apart, self.config, watch)
         self._exact = self._motion.doubled()
+        # Pulled back to control, cells of every exposure lie where controls lie: E times the cells
+        origins = self._exact.origins(torch.from_numpy(cells), torch.from_numpy(truth))
+        self._kinds = Kinds.fit(origins.numpy(), seed=self.seed)
         self.provenance |= {"control": control, "n_kinds_of_control": len(self._kinds.mean)}
 
     def _blank(self, width: int) -> Motion:

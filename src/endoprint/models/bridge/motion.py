@@ -37,6 +37,8 @@ class MotionConfig(Config):
     iterations: Annotated[int, IntDistribution(0, 6)] = 3  # Markovian fittings after the first
     hidden: Annotated[int, IntDistribution(16, 512, log=True)] = 128  # units per hidden layer
     lr: Annotated[float, FloatDistribution(1e-4, 1e-2, log=True)] = 2e-3  # peak, falls to zero
+    # how dearly an exposure pays for bending the drift its own way, rather than shifting it
+    sharing: Annotated[float, FloatDistribution(1e-4, 10.0, log=True)] = 0.3
     weight_decay: Annotated[float, FloatDistribution(1e-4, 1.0, log=True)] = 0.01
     first_steps: int = 800  # optimiser steps on the first pairs, per direction
     later_steps: int = 400  # optimiser steps in each later fitting, per direction
@@ -50,25 +52,29 @@ class Drift(nn.Module):
     def __init__(self, *, width: int, hidden: int, n_exposures: int) -> None:
         super().__init__()
         self.sizes = [hidden, hidden, width, width]
+        self.shared = _context(WAVES, hidden, sum(self.sizes))
+        self.own = _context(CODE + WAVES, hidden, sum(self.sizes))
         self.exposure = nn.Embedding(n_exposures, CODE)
-        self.context = nn.Sequential(
-            nn.Linear(CODE + WAVES, hidden), nn.SiLU(), nn.Linear(hidden, sum(self.sizes))
-        )
         self.enter = nn.Linear(width, hidden, bias=False)
         self.within = nn.Linear(hidden, hidden, bias=False)
         self.leave = nn.Linear(hidden, width, bias=False)
         nn.init.zeros_(self.leave.weight)
 
     def told(self, t: Tensor, exposure: Tensor) -> tuple[Tensor, ...]:
-        """Return what time and exposure set: two shifts (., H), an offset and a gain (., D)."""
+        """Return what time and exposure set: two shifts (., H), a gain and an offset (., D)."""
+        return self.told_apart(t, exposure)[0]
+
+    def told_apart(self, t: Tensor, exposure: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Return `told`, and how much of it, but for the offset, is the exposure's own."""
         turns = torch.arange(WAVES, dtype=t.dtype, device=t.device) * math.pi
         wave = torch.cos(t.clamp(CLIP, 1 - CLIP)[..., None] * turns)
-        context = self.context(torch.cat([self.exposure(exposure), wave], dim=-1))
-        return tuple(context.split(self.sizes, dim=-1))
+        own = self.own(torch.cat([self.exposure(exposure), wave], dim=-1))
+        told = (self.shared(wave) + own).split(self.sizes, dim=-1)
+        return tuple(told), (own[..., : -self.sizes[-1]] ** 2).mean()
 
     def forward(self, x: Tensor, told: tuple[Tensor, ...]) -> Tensor:
         """Return the drift at `x` (., D)."""
-        first, second, offset, gain = told
+        first, second, gain, offset = told
         inner = torch.tanh(self.within(torch.tanh(self.enter(x) + first)) + second)
         drift: Tensor = self.leave(inner) + offset + gain * x
         return drift
@@ -79,12 +85,20 @@ class Drift(nn.Module):
         With s = tanh' the trace of leave diag(s2) within diag(s1) enter is s2' M s1, where M is
         the elementwise product of `within` and the transpose of enter leave.
         """
-        first, second, offset, gain = told
+        first, second, gain, offset = told
         outer = torch.tanh(self.enter(x) + first)
         inner = torch.tanh(self.within(outer) + second)
         both = self.within.weight * (self.enter.weight @ self.leave.weight).T
         trace = ((1 - inner**2) * ((1 - outer**2) @ both.T)).sum(dim=-1)
         return self.leave(inner) + offset + gain * x, trace + gain.sum(dim=-1)
+
+
+def _context(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    """Return a small network that says nothing until it is taught."""
+    last = nn.Linear(hidden, outputs)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.SiLU(), last)
 
 
 @dataclass(frozen=True)
@@ -94,6 +108,18 @@ class Pairs:
     start: Tensor
     end: Tensor
     exposure: Tensor
+
+    def met(self, reached: Tensor, wanted: Tensor) -> Tensor:
+        """Return places reached (m, D), moved so that each exposure's mean is the one wanted.
+
+        The ends' means are known; without this, errors of the drift pile up over the fittings.
+        """
+        n_exposures = int(self.exposure.max()) + 1
+        missed = torch.zeros(n_exposures, reached.shape[1]).index_add_(
+            0, self.exposure, wanted - reached
+        )
+        count = torch.bincount(self.exposure, minlength=n_exposures)[:, None]
+        return reached + (missed / count)[self.exposure]
 
 
 class Motion:
@@ -124,10 +150,10 @@ class Motion:
         for iteration in range(config.iterations):
             drawn = ends()
             came_from = self.wander(drawn.end, drawn.exposure, is_onward=False)
-            pairs = Pairs(came_from, drawn.end, drawn.exposure)
+            pairs = Pairs(drawn.met(came_from, drawn.start), drawn.end, drawn.exposure)
             losses["onward_loss"] = self._match(pairs, config.later_steps, config, is_onward=True)
             went_to = self.wander(drawn.start, drawn.exposure, is_onward=True)
-            pairs = Pairs(drawn.start, went_to, drawn.exposure)
+            pairs = Pairs(drawn.start, drawn.met(went_to, drawn.end), drawn.exposure)
             losses["back_loss"] = self._match(pairs, config.later_steps, config, is_onward=False)
             watch(iteration + 1, losses)
 
@@ -150,8 +176,9 @@ class Motion:
             target, left = ((end - x), 1 - t) if is_onward else ((start - x), t)
             # the target's noise has variance sigma^2 (1 - left) / left: weigh it down
             weight = left / (left + self.sigma**2 * (1 - left))
-            told = drift.told(t[:, 0], pairs.exposure[rows])
+            told, apart = drift.told_apart(t[:, 0], pairs.exposure[rows])
             loss = (weight * (drift(x, told) - target / left) ** 2).mean()
+            loss = loss + config.sharing * apart
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -190,6 +217,22 @@ class Motion:
         back, shrink = self.back.with_divergence(x, self.back.told(when, exposure))
         effort = (back**2).sum(dim=-1) / (2 * self.sigma**2)
         return (onward - back) / 2, (spread - shrink) / 2, effort
+
+    @torch.no_grad()
+    def origins(self, x: Tensor, exposure: Tensor) -> Tensor:
+        """Follow the flow of each cell's own exposure (m,) from t = 1 to 0, (m, D)."""
+        step = 1.0 / FLOW_STEPS
+        for i in range(FLOW_STEPS):
+            t = torch.full((len(x),), 1 - i * step, dtype=x.dtype)
+            half = x - step / 2 * self._flow(x, t, exposure)
+            x = x - step * self._flow(half, t - step / 2, exposure)
+        return x
+
+    def _flow(self, x: Tensor, t: Tensor, exposure: Tensor) -> Tensor:
+        onward = self.onward(x, self.onward.told(t, exposure))
+        back = self.back(x, self.back.told(t, exposure))
+        flow: Tensor = (onward - back) / 2
+        return flow
 
     @torch.no_grad()
     def pulled_back(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
