@@ -19,6 +19,7 @@ from endoprint.metrics import call, f1_by_exposure
 SMALL: dict[str, dict[str, object]] = {
     "geneformer": {"layers": 1, "hidden": 32, "ffn": 64, "epochs": 4, "min_steps": 120},
     "scgpt": {"layers": 1, "hidden": 32, "ffn": 32, "epochs": 4, "min_steps": 120},
+    "diffusion": {"hidden": 32, "blocks": 1, "steps": 500},
 }
 # Where a row answers in minibatches, a size that cuts the cells quite differently.
 OTHER_MINIBATCH: dict[str, dict[str, object]] = {
