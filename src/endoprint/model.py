@@ -374,6 +374,14 @@ TABLE: dict[str, Row] = {
         "Apache-2.0",
         "Li 2023, arXiv 2303.16203",
     ),
+    "bridge": Row(
+        "endoprint.models.bridge:Bridge",
+        "diffusion Schrodinger bridge on the latent: carries control cells to every exposure",
+        "minutes",
+        "Apache-2.0",
+        "Shi 2023, arXiv 2303.16852",
+        "control cells among the exposures",
+    ),
 }
 
 

@@ -33,15 +33,15 @@ class MotionConfig(Config):
     """How the bridge's motion is found."""
 
     # scale of the Brownian reference, in standard deviations of a latent axis
-    sigma: Annotated[float, FloatDistribution(0.1, 2.0, log=True)] = 0.7
-    iterations: Annotated[int, IntDistribution(0, 6)] = 3  # Markovian fittings after the first
-    hidden: Annotated[int, IntDistribution(16, 512, log=True)] = 128  # units per hidden layer
+    sigma: Annotated[float, FloatDistribution(0.1, 2.0, log=True)] = 1.0
+    iterations: Annotated[int, IntDistribution(0, 6)] = 2  # Markovian fittings after the first
+    hidden: Annotated[int, IntDistribution(16, 512, log=True)] = 64  # units per hidden layer
     lr: Annotated[float, FloatDistribution(1e-4, 1e-2, log=True)] = 2e-3  # peak, falls to zero
     # how dearly an exposure pays for bending the drift its own way, rather than shifting it
-    sharing: Annotated[float, FloatDistribution(1e-4, 10.0, log=True)] = 0.3
+    sharing: Annotated[float, FloatDistribution(1e-4, 100.0, log=True)] = 10.0
     weight_decay: Annotated[float, FloatDistribution(1e-4, 1.0, log=True)] = 0.01
-    first_steps: int = 800  # optimiser steps on the first pairs, per direction
-    later_steps: int = 400  # optimiser steps in each later fitting, per direction
+    first_steps: int = 500  # optimiser steps on the first pairs, per direction
+    later_steps: int = 200  # optimiser steps in each later fitting, per direction
     pairs_per_step: int = 256
     pairs_per_exposure: int = 512  # wandered anew for every fitting
 
