@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -28,6 +29,17 @@ def environment(*, block: str = "", network: Path | None = None) -> dict[str, st
     if network is not None:
         own["TESTS_NETWORK"] = str(network)
     return {**kept, **threads, **own}
+
+
+def cpu_seconds(run: Callable[[], object]) -> float:
+    """What the children that `run` waits for cost: a busy machine's clock would not tell."""
+    before = os.times()
+    run()
+    after = os.times()
+    return sum(
+        getattr(after, name) - getattr(before, name)
+        for name in ("children_user", "children_system")
+    )
 
 
 def endoprint(
