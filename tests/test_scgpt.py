@@ -304,6 +304,16 @@ def test_another_encoders_folder_is_not_taken_for_an_scgpt(parts, tmp_path):
     assert model.provenance["backbone"]["origin"] == "scratch"
 
 
+def test_a_checkpoint_may_be_named_among_the_models_own_values(parts, folder, tmp_path):
+    named = QUICK.model_copy(update={"checkpoint": str(folder)})
+    found, _ = Scgpt(named)._begin(parts[0])
+    wanted, _ = Scgpt(QUICK, resources=Resources(backbone=folder))._begin(parts[0])
+    assert same(found, wanted)
+    nowhere = QUICK.model_copy(update={"checkpoint": str(tmp_path / "nowhere")})
+    with pytest.raises(Refusal, match=r"args\.json"):
+        fit(parts, nowhere)
+
+
 def test_the_saved_model_needs_nothing_beside_it_and_keeps_its_own_genes_only(
     parts, folder, tmp_path
 ):

@@ -9,6 +9,12 @@ What differs from upstream: ties between bin edges and the genes kept of a long 
 from call to call; one linear head on a standardised vector instead of three layers; each gene also
 votes (`has_votes`); no batch normalisation by domain.
 
+What to expect: from scratch, level with logistic regression, at ten to twenty times its cost. On
+unseen units, macro-F1 against logistic's: interferon in blood cells .986 (.987), dexamethasone by
+plate .939 (.921), 15 simulated exposures, 1,200 training cells, .550 (.539). Without the votes
+.986, .918 and .136: some thousand cells do not teach the encoder diffuse responses. Ties drawn
+rather than in the middle: .985 and .927. One split and seed each, and no published checkpoint.
+
 n cells, E exposures, D width of the encoder.
 """
 
@@ -45,6 +51,7 @@ VOTES = "each gene also votes directly, which is no part of scGPT"
 class ScgptConfig(Recipe):
     """The shared levers, how expression is binned, and the shape where no checkpoint is given."""
 
+    checkpoint: str | None = None  # folder with args.json, vocab.json and weights; none: scratch
     layers: int = 2  # of an encoder from scratch; one that is loaded keeps its own
     hidden: int = 64  # width, likewise
     heads: int = 2
@@ -132,8 +139,8 @@ class Scgpt(ExposureModel):
 
     def _begin(self, train: AnnData) -> tuple[backbone.ScgptEncoder, dict[str, Any]]:
         """Return the encoder, its genes those of the training cells, and what to say of it."""
-        config, folder = self.config, self.resources.backbone
-        if folder is not None and scgpt_checkpoint.is_checkpoint(folder):
+        config, folder = self.config, self._folder()
+        if folder is not None:
             held = scgpt_checkpoint.read(
                 folder, dropout=config.dropout, attention_dropout=config.attention_dropout
             )
@@ -175,6 +182,13 @@ class Scgpt(ExposureModel):
         about = Origin(SCRATCH, "scratch").to_json() | {"unloaded": []}
         units = sorted(set(train.obs["unit"].astype(str)))
         return made, self._told(train, about, "training cells", units=units)
+
+    def _folder(self) -> Path | None:
+        """Take the checkpoint named, else the workspace's if it is an scGPT, else none."""
+        if self.config.checkpoint is not None:
+            return Path(self.config.checkpoint).expanduser()
+        offered = self.resources.backbone  # may be another encoder's
+        return offered if offered and scgpt_checkpoint.is_checkpoint(offered) else None
 
     def _told(
         self, train: AnnData, about: dict[str, Any], name: str, *, units: list[str]
