@@ -20,7 +20,7 @@ SMALL: dict[str, dict[str, object]] = {
     "geneformer": {"layers": 1, "hidden": 32, "ffn": 64, "epochs": 4, "min_steps": 120},
     "scgpt": {"layers": 1, "hidden": 32, "ffn": 32, "epochs": 4, "min_steps": 120},
     "diffusion": {"hidden": 32, "blocks": 1, "steps": 500},
-    "bridge": {"first_steps": 80, "later_steps": 40, "iterations": 1, "hidden": 32},
+    "bridge": {"first_steps": 80, "later_steps": 40, "iterations": 1, "latent_width": 6},
 }
 # Where a row answers in minibatches, a size that cuts the cells quite differently.
 OTHER_MINIBATCH: dict[str, dict[str, object]] = {

@@ -1,5 +1,11 @@
 """The bridge's motion: two drifts between control and every exposure, and how they are found.
 
+Two things let it tell exposures apart on a unit unseen (one split of a simulated atlas, 15
+exposures of 106 cells): drifts that exposures share but for a shift (macro-F1 .02 where each bends
+its own), and simulated ends moved back to their known mean (without, three further fittings took
+.30 to .15; with both, and a smaller net, .35). Linear discriminants on the same latent reach .39,
+logistic regression on all genes .57.
+
 Works on arrays only: standardised latents of n cells, D wide. E exposures, H hidden units;
 pseudo-time t is 0 at control and 1 at the exposure.
 """
