@@ -7,12 +7,16 @@ is guessed under that exposure (Li 2023, arXiv 2303.16203):
     evidence_e(x) = - mean over draws k of |noise_k - net(x_k, t_k, e)|^2 / 2
     x_k = alpha(t_k) x + sigma(t_k) noise_k
 
-The draws (t_k, noise_k) are made once: the same for every exposure, so that luck cancels, and for
-every cell, so that neither order nor neighbours matter. t is stratified. The same network
-generates cells of an exposure.
+The draws (t_k, noise_k), stratified in t, are made once: the same for every exposure, so that luck
+cancels, and for every cell, so that company does not matter. The network also generates cells.
 
-B minibatch, n cells, K draws, E exposures, D latent width, each axis scaled to unit variance;
-t runs from 0 (the cell) to 1 (noise).
+What to expect: macro-F1 is level with logistic regression on two public data sets of strong
+responses (one fold each: .991 for interferon, .926 for dexamethasone), far below it on a
+simulated atlas of 15 subtle exposures (.28 against .50, 2,400 cells, one fold of unseen units;
+.37 with 60 components and dropout .4, tried on that same fold).
+
+B minibatch, n cells, K draws, E exposures, D latent width (axes of unit variance); t from 0 (the
+cell) to 1 (noise).
 """
 
 from __future__ import annotations
@@ -45,8 +49,7 @@ FREQUENCIES = 16  # of the time embedding
 AVERAGING = 0.995  # of the weights, per step: what answers is a moving average (Ho 2020)
 WARM_UP = 100  # steps until the learning rate is at its peak
 CHECK_EVERY = 250  # steps between looks at validation cells
-CHECK_CELLS = 300  # validation cells looked at, drawn evenly over exposures and units
-CHECK_DRAWS = 16
+CHECK_CELLS, CHECK_DRAWS = 300, 16  # validation cells and draws per look
 PATIENCE = 4  # looks without a better one before training stops
 
 
@@ -139,8 +142,8 @@ class Draws:
         The turned sign makes the error of an ideal network a function of distance alone: what
         noise and distance have in common cancels.
         """
-        half, (earliest, latest) = max(1, n // 2), between
-        t = earliest + (latest - earliest) * (torch.arange(half) + 0.5) / half
+        half = max(1, n // 2)
+        t = between[0] + (between[1] - between[0]) * (torch.arange(half) + 0.5) / half
         noise = np.random.default_rng(seed).standard_normal((half, width)).astype(np.float32)
         once = torch.from_numpy(noise)
         return cls(torch.cat([t, t]), torch.cat([once, -once]))
@@ -308,11 +311,8 @@ class Diffusion(ExposureModel):
         held at zero from below. They are no counts, and stand for no unit.
         """
         if exposure not in self.exposures:
-            raise Refusal(
-                "cells are generated of an exposure that was met in training",
-                exposure,
-                f"one of {', '.join(self.exposures)}",
-            )
+            known = ", ".join(self.exposures)
+            raise Refusal("generated cells have an exposure met in training", exposure, known)
         place = sample(
             self._net,
             self.exposures.index(exposure),
@@ -350,8 +350,7 @@ class Diffusion(ExposureModel):
         with torch.random.fork_rng(devices=[]):
             self._build()
         self._draws = Draws(
-            torch.from_numpy(state.arrays["draws.t"]),
-            torch.from_numpy(state.arrays["draws.noise"]),
+            *(torch.from_numpy(state.arrays[f"draws.{k}"]) for k in ("t", "noise"))
         )
         weights = {
             name.removeprefix("net."): torch.from_numpy(array)

@@ -16,6 +16,12 @@ the temperature is fitted on. Whole samples are weighed by the debiased Sinkhorn
 every exposure's reference, which is transport proper, and which also feels a sample's composition
 of cell types (`provenance["reference"]` says what the reference is made of).
 
+What to expect: distances in the latent follow whatever varies most between cells, and where an
+exposure moves many genes a little that is not the exposure: on a simulated atlas of 15 exposures
+(2,400 cells, easy, one fold of unseen units) macro-F1 is .25 against .50 for logistic regression,
+and .21 without potentials. On two public data sets of strong responses (interferon by donor,
+dexamethasone by plate) .985 and .86 against .989 and .93, and .979 and .845 without potentials.
+
 n cells, R reference cells, E exposures, D latent width. Costs are squared Euclidean distances in
 the latent; epsilon and the relaxation are shares of the mean cost between reference cells.
 """
