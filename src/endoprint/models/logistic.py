@@ -24,6 +24,7 @@ from scipy.special import logsumexp
 from endoprint.config import Config
 from endoprint.curated import log_normalised
 from endoprint.draws import evenly_drawn
+from endoprint.elastic import fit_elastic
 from endoprint.latent import Latent, moments
 from endoprint.linear import Fitted, fit_balanced
 from endoprint.metrics import balanced_weight
@@ -34,15 +35,21 @@ Array = np.ndarray[Any, np.dtype[Any]]
 # Tried on validation cells, from strong to weak so that each fit starts from the last. Held-out
 # figures are flat between .01 and 1 on every data set measured; the ends are for others.
 PENALTIES = (10.0, 1.0, 0.1, 0.01, 0.001)
+ELASTIC_PENALTIES = (0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)  # absolute values bite harder
 UNCHOSEN = 0.1  # where there are no validation cells to choose on
+UNCHOSEN_ELASTIC = 0.003
 DENSE_LIMIT = 2**30  # bytes; a dense matrix fits several times faster, while it fits in memory
 
 
 class LogisticConfig(Config):
     """What logistic regression may be told."""
 
-    # strength of the L2 penalty per training cell; none: chosen on validation cells
+    # strength of the penalty per training cell; none: chosen on validation cells
     penalty: Annotated[float | None, FloatDistribution(1e-4, 1e2, log=True)] = None
+    # of the penalty, on absolute values: 0 is L2 alone; above, an elastic net that drops genes
+    # (Zou & Hastie 2005). Where many genes respond a little it does worse: .34 at .5 against .46
+    # macro-F1 on a simulated atlas
+    l1_share: Annotated[float, FloatDistribution(0.0, 1.0)] = 0.0
     max_cells: int = 30_000  # training cells used, drawn evenly over unit x exposure
     latent_genes: int = 2000  # most variable genes, for `embed` and novelty only
     latent_width: Annotated[int, IntDistribution(2, 100)] = 30  # principal components in `embed`
@@ -74,12 +81,16 @@ class Logistic(ExposureModel):
     ) -> None:
         """Fit along the penalties until validation cells grow less likely; keep the best."""
         valid = valid[valid.obs["exposure"].astype(str).isin(self.exposures).to_numpy()]
-        penalties = PENALTIES if valid.n_obs else (UNCHOSEN,)
+        share = self.config.l1_share
+        penalties: tuple[float, ...] = ELASTIC_PENALTIES if share else PENALTIES
+        if not valid.n_obs:
+            penalties = (UNCHOSEN_ELASTIC if share else UNCHOSEN,)
         if self.config.penalty is not None:
             penalties = (self.config.penalty,)
         is_centred = isinstance(values, np.ndarray)
+        fits = fit_elastic(values, truth, penalties, share) if share else None
         tried: list[tuple[float, Fitted]] = []
-        for step, fitted in enumerate(fit_balanced(values, truth, penalties)):
+        for step, fitted in enumerate(fits or fit_balanced(values, truth, penalties)):
             self._take(fitted, is_centred=is_centred)
             loss = self._loss(valid) if valid.n_obs else 0.0
             tried.append((loss, fitted))
