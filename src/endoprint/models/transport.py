@@ -50,7 +50,8 @@ from endoprint.model import FEWEST_SAMPLES, ExposureModel, State, Watch, fit_tem
 Array = np.ndarray[Any, np.dtype[Any]]
 
 BLOCK = 512  # cells weighed at once; bounds memory at BLOCK x R distances
-ITERATIONS = 200  # of Sinkhorn; more moved no call on the data sets measured
+# A guess at the cost worth paying: the smallest epsilons are stopped before they converge.
+ITERATIONS = 200
 TOLERANCE = 1e-6  # of the marginals, Euclidean norm
 QUERIES = 300  # training cells transported per unit; bounds the cost of a fit
 ALIGNMENTS = 50  # rounds of least squares between parts; two suffice where every unit met all
