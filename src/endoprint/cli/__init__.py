@@ -6,6 +6,7 @@ Heavy imports stand inside the commands, so that `endoprint --help` answers at o
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -58,7 +59,10 @@ def show(screen: Any) -> None:
 def main() -> None:
     """Entry point of the `endoprint` command."""
     from endoprint.cli import data, embedding, fitting, registry, story  # noqa: F401 -- they add commands
+    from endoprint.workspace import settings
 
+    for name, value in settings().items():  # before anything heavy reads them
+        os.environ.setdefault(name, value)
     try:
         app()
     except KeyboardInterrupt:
