@@ -27,6 +27,12 @@ def told(plain_story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return str(moved_copy(Workspace.at(plain_story), tmp_path / "space").root)
 
 
+@pytest.fixture
+def bare(tmp_path: Path) -> str:
+    """A workspace in which nothing was made yet."""
+    return str(a_workspace(tmp_path / "space", is_simulated=False))
+
+
 def change(workspace: str, edit: Callable[[dict[str, Any]], Any]) -> None:
     file = Path(workspace) / "params.yaml"
     values = yaml.safe_load(file.read_text())
@@ -40,12 +46,14 @@ def board_of(workspace: str) -> dict[str, Any]:
 
 
 # -- what was tuned where it is judged ------------------------------------------------------------
+@pytest.mark.slow
 def test_the_board_says_which_figures_chose_the_values_they_judge(told: str) -> None:
     flags = " ".join(board_of(told)["flags"])
     assert "geneformer: tuned on these units. Its values are the best of 2 trials" in flags
     assert "logistic: tuned" not in flags
 
 
+@pytest.mark.slow
 def test_a_winner_written_into_params_is_as_tuned_as_one_taken_by_option(told: str) -> None:
     best = jobs.search_result(told, model="geneformer")["values"]
     change(told, lambda values: values["models"]["geneformer"].update(best))
@@ -53,6 +61,7 @@ def test_a_winner_written_into_params_is_as_tuned_as_one_taken_by_option(told: s
     assert "geneformer: tuned on these units" in " ".join(board_of(told)["flags"])
 
 
+@pytest.mark.slow
 def test_trials_of_other_values_or_cells_do_not_count_as_these(told: str) -> None:
     change(told, lambda values: values["models"]["geneformer"].update(hidden=32))
     with pytest.raises(Refusal, match="run `endoprint search geneformer` first"):
@@ -62,6 +71,7 @@ def test_trials_of_other_values_or_cells_do_not_count_as_these(told: str) -> Non
 
 
 # -- stale things ---------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_a_backbone_of_other_values_is_not_taken_for_todays(told: str) -> None:
     change(told, lambda values: values["pretrain"].update(hidden=8))
     with pytest.raises(Refusal, match="run `endoprint pretrain` first"):
@@ -73,6 +83,7 @@ def test_a_backbone_of_other_values_is_not_taken_for_todays(told: str) -> None:
     assert "never pre-trained" in label
 
 
+@pytest.mark.slow
 def test_a_candidate_is_not_taken_from_a_board_older_than_the_newest_fit(told: str) -> None:
     jobs.train(told, model="signature")
     with pytest.raises(Refusal, match="run `endoprint leaderboard` first"):
@@ -81,6 +92,7 @@ def test_a_candidate_is_not_taken_from_a_board_older_than_the_newest_fit(told: s
     assert jobs.register(told) == "1"
 
 
+@pytest.mark.slow
 def test_fits_of_other_cells_stand_on_no_board_of_these(told: str) -> None:
     space = Workspace.at(told)
     cells = curated.load(space.cells)
@@ -92,6 +104,7 @@ def test_fits_of_other_cells_stand_on_no_board_of_these(told: str) -> None:
 
 
 # -- ways on --------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_a_champion_of_another_split_is_retired_by_command_and_may_come_back(told: str) -> None:
     # other units are held out, so the refitted model is another one, to the byte
     change(told, lambda values: values["design"].update(n_test_units=1))
@@ -125,16 +138,16 @@ def test_a_champion_of_another_split_is_retired_by_command_and_may_come_back(tol
     ],
 )
 def test_a_mistake_anywhere_in_params_stops_a_story_before_its_first_step(
-    told: str, edit: Callable[[dict[str, Any]], Any], said: str
+    bare: str, edit: Callable[[dict[str, Any]], Any], said: str
 ) -> None:
-    change(told, edit)
+    change(bare, edit)
     with pytest.raises(Refusal, match=said):
-        jobs.story_steps(told)
+        jobs.story_steps(bare)
 
 
-def test_a_search_without_a_number_of_trials_takes_the_usual_one(told: str) -> None:
-    change(told, lambda values: values["search"].pop("trials"))
-    search = next(step for step in jobs.story_steps(told) if step.name.startswith("search"))
+def test_a_search_without_a_number_of_trials_takes_the_usual_one(bare: str) -> None:
+    change(bare, lambda values: values["search"].pop("trials"))
+    search = next(step for step in jobs.story_steps(bare) if step.name.startswith("search"))
     assert search.arguments["trials"] == 20
 
 
