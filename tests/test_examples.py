@@ -235,7 +235,8 @@ def test_the_bytes_are_those_of_the_committed_lock(
     locked = yaml.safe_load((folder_of(name) / "dvc.lock").read_text())
     assert yaml.safe_load((told.space / "dvc.lock").read_text()) == locked
     again = subprocess.run(
-        [sys.executable, "-m", "dvc", "repro"], cwd=told.space, capture_output=True, text=True, check=False,
+        [sys.executable, "-m", "dvc", "repro"],
+        cwd=told.space, capture_output=True, text=True, check=False,
         env=Workspace.at(told.space).environment() | environment(),
     )  # fmt: skip
     assert "Data and pipelines are up to date." in again.stdout
