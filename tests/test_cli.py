@@ -108,6 +108,10 @@ def test_outside_a_workspace_every_command_says_so_in_one_line_and_at_once(
         (("tokenize", "ATLAS"), "OUT"),
         (("tokenize", "ATLAS", "out.parquet", "--vocabulary", "absent"), "absent"),
         (("train", "oracle", "--workspace", "nowhere"), "params.yaml"),
+        (("train", "logistic", "--deeply"), "--deeply"),
+        (("trian", "logistic"), "endoprint --help"),
+        (("score",), "endoprint score --help"),
+        (("simulate", "out.h5ad", "--cells", "many"), "--cells"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_it_and_leaves_nothing(

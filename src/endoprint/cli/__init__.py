@@ -20,6 +20,9 @@ Folder = Annotated[Path, typer.Option("--workspace", "-w", help="the workspace; 
 Json = Annotated[bool, typer.Option("--json", help="machine-readable result on standard output")]
 
 
+UsageError: Any = typer.BadParameter.__base__  # typer exports only the narrower one
+
+
 class Polite(TyperGroup):
     """A user's mistake is one line and exit status 2, never a traceback."""
 
@@ -64,7 +67,12 @@ def main() -> None:
     for name, value in settings().items():  # before anything heavy reads them
         os.environ.setdefault(name, value)
     try:
-        app()
+        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
+    except UsageError as mistake:  # an unknown option, a missing argument
+        said = " ".join(mistake.format_message().split()).rstrip(".?")
+        asked = f"{mistake.ctx.command_path} --help" if mistake.ctx else "endoprint --help"
+        typer.echo(f"endoprint: {said}; see `{asked}`", err=True)
+        sys.exit(2)
     except KeyboardInterrupt:
         typer.echo("endoprint: stopped by Ctrl-C; what was finished is kept", err=True)
         sys.exit(130)
