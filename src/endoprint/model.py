@@ -20,12 +20,14 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 from safetensors.numpy import load_file, save_file
-from scipy.optimize import minimize_scalar
 from scipy.spatial.distance import cdist
 from scipy.special import log_softmax, softmax
 
+from endoprint import drift
+from endoprint.calibration import abstention_threshold, fit_temperature
 from endoprint.config import Config as AnyConfig
 from endoprint.config import Refusal
+from endoprint.curated import matrix, sums
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Watch = Callable[[int, dict[str, float]], None]  # (epoch, metrics); may raise Pruned
@@ -91,6 +93,8 @@ class ExposureModel(ABC):
         self.temperature = 1.0
         self.population_temperature = 1.0
         self.novelty_threshold = float("inf")
+        self.abstention_threshold = 0.0  # confidence below which calls are mostly wrong
+        self.drift_reference: dict[str, Any] = {}  # what the validation cells were like
         self.provenance: dict[str, Any] = {}  # what fit saw: units, cells, backbone
         self._reference: Array | None = None  # embeddings of training cells, for novelty
 
@@ -151,6 +155,7 @@ class ExposureModel(ABC):
         }
         self._calibrate(valid)
         self._remember(train, valid)
+        self._describe(valid)
         return self
 
     def predict_proba(self, cells: AnnData) -> pd.DataFrame:
@@ -216,6 +221,10 @@ class ExposureModel(ABC):
             "novelty_threshold": self.novelty_threshold
             if np.isfinite(self.novelty_threshold)
             else None,
+            "abstention_threshold": self.abstention_threshold
+            if np.isfinite(self.abstention_threshold)
+            else None,
+            "drift_reference": self.drift_reference,
             "provenance": self.provenance,
             "state": state.values,
         }
@@ -236,6 +245,9 @@ class ExposureModel(ABC):
         model.population_temperature = head["population_temperature"]
         threshold = head["novelty_threshold"]
         model.novelty_threshold = float("inf") if threshold is None else threshold
+        silence = head.get("abstention_threshold", 0.0)  # models before November 2026 have none
+        model.abstention_threshold = float("inf") if silence is None else silence
+        model.drift_reference = head.get("drift_reference", {})
         model.provenance = head["provenance"]
         reference = arrays.pop("novelty.reference", None)
         model._reference = None if reference is None else reference.astype(np.float64)
@@ -255,6 +267,9 @@ class ExposureModel(ABC):
         unit = valid.obs["unit"].astype(str).to_numpy()
         weight = 1.0 / pd.Series(unit).map(pd.Series(unit).value_counts()).to_numpy()
         self.temperature = fit_temperature(evidence, truth, weight)
+        said = softmax(evidence / self.temperature, axis=1)
+        is_right = said.argmax(axis=1) == truth
+        self.abstention_threshold = abstention_threshold(said.max(axis=1), is_right, weight)
         # A population's temperature needs several samples of units never fitted on; without, the
         # cells' own is the cautious choice: it treats a sample as no surer than its average cell.
         self.population_temperature = self.temperature
@@ -281,25 +296,20 @@ class ExposureModel(ABC):
             by_unit = distance.groupby(valid.obs["unit"].astype(str).to_numpy())
             self.novelty_threshold = float(by_unit.quantile(NOVELTY_QUANTILE).max())
 
-
-def fit_temperature(evidence: Array, truth: Array, weight: Array) -> float:
-    """Return the temperature that makes the true exposures most likely (Guo 2017, 1706.04599).
-
-    evidence (n, E), truth (n,) column numbers, weight (n,). Searched on [0.005, 50]. Half an
-    observation is taken to have gone wrong (Platt 1999 smooths likewise): where every one is right
-    the likelihood alone would ask for certainty.
-    """
-    n, n_exposures = evidence.shape
-    wrong = 0.5 / (n + 1)
-
-    def loss(log_temperature: float) -> float:
-        log_p = log_softmax(evidence / np.exp(log_temperature), axis=1)
-        at_truth = log_p[np.arange(n), truth]
-        elsewhere = (log_p.sum(axis=1) - at_truth) / (n_exposures - 1)
-        return float(np.average(-(1 - wrong) * at_truth - wrong * elsewhere, weights=weight))
-
-    found = minimize_scalar(loss, bounds=(np.log(0.005), np.log(50.0)), method="bounded")
-    return float(np.exp(found.x))
+    def _describe(self, valid: AnnData) -> None:
+        """Keep what cells of units not fitted on are like, for new cells to be held against."""
+        if not valid.n_obs:
+            return
+        total = valid.obs["n_counts"].to_numpy(dtype=np.float64)
+        told = {
+            "n_counts": total,
+            "n_genes": valid.obs["n_genes"].to_numpy(dtype=np.float64),
+            "known_share": sums(matrix(valid, self.genes)) / np.maximum(total, 1),
+            "confidence": self.predict_proba(valid).to_numpy().max(axis=1),
+            "novelty": self.novelty(valid),
+        }
+        unit = valid.obs["unit"].astype(str).to_numpy()
+        self.drift_reference = drift.reference(pd.DataFrame(told), unit)
 
 
 # -- the table of models ------------------------------------------------------------------------
@@ -425,7 +435,7 @@ class Predictor:
 
         A cell without a count in the model's genes has none: its row is NaN, as in scoring.
         """
-        from endoprint.curated import as_cells, matrix, sums
+        from endoprint.curated import as_cells
 
         known = as_cells(cells, self.model.genes)
         told = self.model.predict_proba(known)

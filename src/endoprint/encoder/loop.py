@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from endoprint.bins import Binned
+from endoprint.calibration import fit_temperature
 from endoprint.config import Refusal
 from endoprint.encoder import checkpoint
 from endoprint.encoder.minibatches import Layout, Sentences, assemble, plan
 from endoprint.encoder.network import Reader, answer
 from endoprint.encoder.recipe import Recipe, schedule_of
-from endoprint.model import Watch, fit_temperature
+from endoprint.model import Watch
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

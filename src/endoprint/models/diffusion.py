@@ -36,10 +36,11 @@ from optuna.distributions import FloatDistribution, IntDistribution
 from scipy.special import log_softmax
 from torch import Tensor, nn
 
+from endoprint.calibration import fit_temperature
 from endoprint.config import Config, Refusal
 from endoprint.latent import Latent
 from endoprint.metrics import balanced_weight
-from endoprint.model import ExposureModel, State, Watch, fit_temperature
+from endoprint.model import ExposureModel, State, Watch
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

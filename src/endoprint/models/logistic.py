@@ -21,6 +21,7 @@ from optuna.distributions import FloatDistribution, IntDistribution
 from scipy import sparse
 from scipy.special import logsumexp
 
+from endoprint.calibration import fit_temperature
 from endoprint.config import Config
 from endoprint.curated import log_normalised
 from endoprint.draws import evenly_drawn
@@ -28,7 +29,7 @@ from endoprint.elastic import fit_elastic
 from endoprint.latent import Latent, moments
 from endoprint.linear import Fitted, fit_balanced
 from endoprint.metrics import balanced_weight
-from endoprint.model import ExposureModel, State, Watch, fit_temperature
+from endoprint.model import ExposureModel, State, Watch
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -26,11 +26,12 @@ from scipy.linalg import eigh
 from scipy.spatial.distance import cdist
 from scipy.special import logsumexp
 
+from endoprint.calibration import fit_temperature
 from endoprint.config import Config
 from endoprint.draws import evenly_drawn
 from endoprint.latent import Latent
 from endoprint.metrics import balanced_weight
-from endoprint.model import ExposureModel, State, Watch, fit_temperature
+from endoprint.model import ExposureModel, State, Watch
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

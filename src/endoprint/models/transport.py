@@ -42,10 +42,11 @@ from optuna.distributions import FloatDistribution, IntDistribution
 from scipy.spatial.distance import cdist
 from scipy.special import logsumexp
 
+from endoprint.calibration import fit_temperature
 from endoprint.config import Config
 from endoprint.latent import Latent
 from endoprint.metrics import balanced_weight
-from endoprint.model import FEWEST_SAMPLES, ExposureModel, State, Watch, fit_temperature
+from endoprint.model import FEWEST_SAMPLES, ExposureModel, State, Watch
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

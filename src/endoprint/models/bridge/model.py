@@ -29,11 +29,12 @@ from scipy.spatial.distance import cdist
 from scipy.special import logsumexp
 from sklearn.mixture import GaussianMixture
 
+from endoprint.calibration import fit_temperature
 from endoprint.config import Refusal
 from endoprint.curated import log_normalised
 from endoprint.labels import CONTROL
 from endoprint.latent import Latent
-from endoprint.model import ExposureModel, State, Watch, fit_temperature
+from endoprint.model import ExposureModel, State, Watch
 from endoprint.models.bridge.motion import Ends, Motion, MotionConfig
 
 Array = np.ndarray[Any, np.dtype[Any]]
