@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -32,29 +32,28 @@ Array = np.ndarray[Any, np.dtype[Any]]
 class Reader(nn.Module, ABC):
     """Read a cell's genes and weigh every exposure, whatever the backbone.
 
-    A kind of backbone writes `hidden`, `stages` and `gene_table`.
+    A kind of backbone has a `name` and writes `size_of`, `hidden`, `stages` and `gene_table`.
     The pooled vector is standardised by batch normalisation without scale or shift: by the
     minibatch while training, by running figures afterwards, so that answers are independent.
     `genes_per_cell` scales the votes: their inputs are then about one whatever the panel.
     """
 
+    name: ClassVar[str]  # under which the backbone's weights are kept
     typical_length: Tensor
 
     def __init__(
         self,
-        name: str,
         backbone: nn.Module,
         n_exposures: int,
         *,
-        width: int,
-        n_tokens: int,
         has_votes: bool,
         vector_dropout: float = 0.0,
         genes_per_cell: float = 1.0,
         uses_bf16: bool = False,
     ) -> None:
         super().__init__()
-        self.add_module(name, backbone)
+        width, n_tokens = self.size_of(backbone)
+        self.add_module(self.name, backbone)
         self.standardise = nn.BatchNorm1d(width, affine=False)
         self.dropout = nn.Dropout(vector_dropout)
         self.head = nn.Linear(width, n_exposures)
@@ -65,6 +64,11 @@ class Reader(nn.Module, ABC):
             nn.init.zeros_(self.votes.weight)
         self.register_buffer("typical_length", torch.tensor(float(genes_per_cell)))
         self.uses_bf16 = uses_bf16
+
+    @staticmethod
+    @abstractmethod
+    def size_of(backbone: Any) -> tuple[int, int]:
+        """Return a backbone's width and how many tokens it knows."""
 
     @abstractmethod
     def hidden(self, minibatch: Minibatch) -> Tensor:
@@ -80,7 +84,11 @@ class Reader(nn.Module, ABC):
 
     def forward(self, minibatch: Minibatch) -> tuple[Tensor, Tensor]:
         """Return logits (B, E) and the standardised vector (B, D) of every cell."""
-        vector_BD = self.standardise(self.pool(minibatch))
+        return self.weigh(self.pool(minibatch), minibatch)
+
+    def weigh(self, pooled_BD: Tensor, minibatch: Minibatch) -> tuple[Tensor, Tensor]:
+        """Return the same of cells whose hidden states are pooled already."""
+        vector_BD = self.standardise(pooled_BD)
         logits_BE: Tensor = self.head(self.dropout(vector_BD))
         if self.votes is not None:
             logits_BE = logits_BE + functional.embedding_bag(
@@ -104,29 +112,12 @@ class Reader(nn.Module, ABC):
 class Network(Reader):
     """Read a cell's ranked genes with Geneformer's BERT."""
 
+    name = "bert"
     bert: BertModel
 
-    def __init__(
-        self,
-        bert: BertModel,
-        n_exposures: int,
-        *,
-        has_votes: bool,
-        vector_dropout: float = 0.0,
-        genes_per_cell: float = 1.0,
-        uses_bf16: bool = False,
-    ) -> None:
-        super().__init__(
-            "bert",
-            bert,
-            n_exposures,
-            width=int(bert.config.hidden_size),
-            n_tokens=int(bert.config.vocab_size),
-            has_votes=has_votes,
-            vector_dropout=vector_dropout,
-            genes_per_cell=genes_per_cell,
-            uses_bf16=uses_bf16,
-        )
+    @staticmethod
+    def size_of(backbone: Any) -> tuple[int, int]:
+        return int(backbone.config.hidden_size), int(backbone.config.vocab_size)
 
     def hidden(self, minibatch: Minibatch) -> Tensor:
         return hidden_states(self.bert, minibatch)
