@@ -11,7 +11,8 @@ import pytest
 
 from endoprint import gates
 from endoprint.config import Refusal
-from endoprint.gates import Design, Evidence, Policy, Verdict, admit, decide, read_policy
+from endoprint.gates import Approval, Design, Evidence, Verdict, admit, approved, decide
+from endoprint.policy import Policy, read_policy
 
 ROOT = Path(__file__).parents[1]
 EIGHT = tuple(f"u{i}" for i in range(8))
@@ -78,10 +79,14 @@ def test_the_first_version_that_keeps_the_floors_is_promoted() -> None:
         ({"at_least": {"worst_exposure_f1": 0.5}}, "worst_exposure_f1 0.400 is below 0.5"),
         ({"at_most": {"ece": 0.01}}, "ece above its noise floor 0.020 is above 0.01"),
         (
-            {"at_most": {"score_seconds_per_1000_cells": 9}},
-            "score_seconds_per_1000_cells 10.000 is above 9",
+            {"at_most": {"score_seconds_per_1000_cells": 9}, "cost_tolerance": 0.1},
+            "score_seconds_per_1000_cells 10.000 is above 9 and 10% of tolerance",
         ),
-        ({"at_most": {"peak_memory_gib": 1}}, "peak_memory_gib 2.000 is above 1"),
+        (
+            {"at_most": {"peak_memory_gib": 1.5}, "cost_tolerance": 0.25},
+            "peak_memory_gib 2.000 is above 1.5 and 25% of tolerance",
+        ),
+        ({"at_least": {"f1": {"RET_AGONIST": 0.41}}}, "f1_RET_AGONIST 0.400 is below 0.41"),
     ],
 )
 def test_a_floor_missed_or_ceiling_exceeded_is_a_rejection(
@@ -89,6 +94,18 @@ def test_a_floor_missed_or_ceiling_exceeded_is_a_rejection(
 ) -> None:
     found = decide(evidence(), None, {}, policy(**rules), design())
     assert (found.decision, found.reasons) == ("reject", [said])
+
+
+@pytest.mark.parametrize("name", ["score_seconds_per_1000_cells", "peak_memory_gib"])
+def test_a_ceiling_on_cost_is_exceeded_beyond_a_quarter_more(name: str) -> None:
+    rules = policy(at_most={name: 4.0})
+    assert decide(evidence(**{name: 5.0}), None, {}, rules, design()).decision == "promote"
+    assert decide(evidence(**{name: 5.01}), None, {}, rules, design()).decision == "reject"
+
+
+def test_a_floor_for_an_exposure_that_no_test_unit_met_holds() -> None:
+    found = decide(evidence(), None, {}, policy(at_least={"f1": {"EDC": 0.1}}), design())
+    assert (found.decision, found.reasons) == ("hold", ["f1_EDC could not be measured"])
 
 
 def test_calibration_error_within_its_noise_floor_is_no_fault() -> None:
@@ -179,8 +196,9 @@ def test_a_baseline_does_not_bind_what_costs_no_more() -> None:
 def test_within_the_noise_of_timing_size_says_which_costs_more() -> None:
     slow = {"score_seconds_per_1000_cells": 1.1}
     small, large = evidence(n_parameters=5, **slow), evidence(n_parameters=50, **slow)
-    assert not gates.is_costlier(small, baseline(0.5))
-    assert gates.is_costlier(large, baseline(0.5))
+    assert not gates.is_costlier(small, baseline(0.5), 0.25)
+    assert gates.is_costlier(large, baseline(0.5), 0.25)
+    assert gates.is_costlier(small, baseline(0.5), 0.05)
 
 
 def test_a_baseline_may_be_champion() -> None:
@@ -196,12 +214,88 @@ def test_without_the_baseline_nothing_is_decided_and_the_test_units_stay_shut() 
     assert decide(evidence(), None, {"logistic": other}, rules, design()).decision == "hold"
 
 
+# -- equivalent models --------------------------------------------------------------------------
+NEAR = [0.60, 0.61, 0.60, 0.59, 0.60, 0.61, 0.59, 0.60]
+WITHIN = {"by": 0.01, "equivalent_within": 0.05}
+
+
+def cheap(scores: float | list[float], **figures: float) -> Evidence:
+    return evidence(scores, score_seconds_per_1000_cells=1.0, **figures)
+
+
+def test_of_two_equivalent_models_the_cheaper_goes_live() -> None:
+    rules = policy(must_beat_champion=WITHIN)
+    found = decide(cheap(NEAR), CHAMPION, {}, rules, design())
+    assert found.decision == "promote"
+    assert "no worse by more than 0.05" in found.reasons[0]
+    assert "the cheaper of the two" in found.reasons[0]
+    same_cost = decide(evidence(NEAR), CHAMPION, {}, rules, design())
+    assert same_cost.decision == "hold"
+    off = policy(must_beat_champion={"by": 0.01})
+    assert decide(cheap(NEAR), CHAMPION, {}, off, design()).decision == "hold"
+
+
+def test_between_equivalent_models_of_equal_cost_parameters_decide() -> None:
+    rules = policy(must_beat_champion=WITHIN)
+    smaller = evidence(NEAR, n_parameters=900)
+    assert decide(smaller, CHAMPION, {}, rules, design()).decision == "promote"
+    larger = evidence(NEAR, n_parameters=1100)
+    assert decide(larger, CHAMPION, {}, rules, design()).decision == "hold"
+
+
+def test_a_dearer_model_whose_whole_gain_is_within_the_margin_does_not_replace() -> None:
+    gain = [value + 0.02 for value in [0.60] * 8]
+    dear = {"score_seconds_per_1000_cells": 100.0}
+    rules = policy(must_beat_champion=WITHIN)
+    found = decide(evidence(gain, **dear), CHAMPION, {}, rules, design())
+    assert found.decision == "hold"
+    assert found.reasons[0].endswith("version 1 (small) is the cheaper of the two and stays")
+    more = evidence([value + 0.05 for value in gain], **dear)
+    assert decide(more, CHAMPION, {}, rules, design()).decision == "promote"
+
+
+def test_a_cheaper_model_worse_by_more_than_the_margin_stays_out() -> None:
+    rules = policy(must_beat_champion=WITHIN)
+    assert decide(cheap(0.5), CHAMPION, {}, rules, design()).decision == "reject"
+
+
+def test_equivalence_among_few_units_goes_by_the_mean_where_allowed() -> None:
+    rules = policy(allow_few_units=True, must_beat_champion=WITHIN)
+    small = evidence(0.6, units=TWO, label="v1", model="small")
+    near = cheap([0.58, 0.6], units=TWO)
+    assert decide(near, small, {}, rules, design(TWO)).decision == "promote"
+    assert decide(cheap([0.5, 0.5], units=TWO), small, {}, rules, design(TWO)).decision == "reject"
+
+
+# -- a person's word ----------------------------------------------------------------------------
+def test_where_the_policy_asks_for_a_person_a_promotion_waits_and_nothing_else_does() -> None:
+    rules = policy(approval="human")
+    passed = decide(evidence(), CHAMPION, {}, rules, design())
+    waiting = approved(passed, rules, None)
+    assert waiting.decision == "hold"
+    assert waiting.reasons[0] == "every gate is passed: it waits for approval"
+    assert waiting.reasons[1:] == passed.reasons
+    given = approved(passed, rules, Approval("ann", True, "figures read"))
+    assert (given.decision, given.reasons[0]) == ("promote", "approved by ann: figures read")
+    declined = approved(passed, rules, Approval("ann", False, "one donor looks odd"))
+    assert declined.decision == "reject"
+    worse = decide(CHAMPION, evidence(), {}, rules, design())
+    assert approved(worse, rules, Approval("ann", True, "please")) == worse
+    assert approved(passed, policy(), None) == passed
+
+
 # -- what the design allows ---------------------------------------------------------------------
 def test_an_unreplicated_design_is_held_whatever_the_figures_say() -> None:
-    loose = policy(allow_few_units=True, allow_confounded=True)
+    loose = policy(allow_few_units=True, confounded="allow")
     found = decide(evidence(), None, {}, loose, design(is_replicated=False))
     assert found.decision == "hold"
     assert found.reasons[0].startswith("replicated: false")
+
+
+def test_the_policy_may_reject_what_its_design_cannot_carry() -> None:
+    hard = policy(confounded="reject", unreplicated="reject")
+    for flaw in ({"is_confounded": True}, {"is_confounded": None}, {"is_replicated": False}):
+        assert decide(evidence(), None, {}, hard, design(**flaw)).decision == "reject"
 
 
 def test_a_design_without_test_units_is_held() -> None:
@@ -218,7 +312,7 @@ def test_a_confounded_design_is_held_unless_allowed_and_always_said(
     assert held.decision == "hold"
     assert held.reasons[0].startswith("confounded:")
     allowed = decide(
-        evidence(), None, {}, policy(allow_confounded=True), design(is_confounded=is_confounded)
+        evidence(), None, {}, policy(confounded="allow"), design(is_confounded=is_confounded)
     )
     assert allowed.decision == "promote"
     assert any(reason.startswith("confounded:") for reason in allowed.reasons)
@@ -258,6 +352,24 @@ def test_equal_models_are_seldom_told_apart(n_units: int) -> None:
         level = rng.normal(0.6, 0.1, n_units)
         ours, theirs = (level + rng.normal(0, 0.05, n_units) for _ in range(2))
         candidate = evidence(list(ours), units=units)
+        champion = evidence(list(theirs), units=units, label="v1", model="small")
+        promoted += decide(candidate, champion, {}, rules, design(units)).decision == "promote"
+    assert promoted / 200 <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 200)
+
+
+@pytest.mark.parametrize("n_units", [8, 24])
+def test_a_cheaper_model_worse_by_the_whole_margin_seldom_passes_as_equivalent(
+    n_units: int,
+) -> None:
+    """The other null: 200 pairs that differ by exactly what equivalence must exclude."""
+    rng = np.random.default_rng(1)
+    units = tuple(f"u{i:02d}" for i in range(n_units))
+    rules = policy(must_beat_champion={"by": 0.0, "equivalent_within": 0.05})
+    promoted = 0
+    for _ in range(200):
+        level = rng.normal(0.6, 0.1, n_units)
+        ours, theirs = (level + rng.normal(0, 0.05, n_units) for _ in range(2))
+        candidate = cheap(list(ours - 0.05), units=units)
         champion = evidence(list(theirs), units=units, label="v1", model="small")
         promoted += decide(candidate, champion, {}, rules, design(units)).decision == "promote"
     assert promoted / 200 <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 200)

@@ -63,7 +63,7 @@ DVC_CONFIG = """\
 
 POLICY = """\
 # What is good enough to go live. Every field is explained in registry/schemas/policy.json;
-# what is not said here keeps the default of `endoprint.gates.Policy`.
+# what is not said here keeps the default of `endoprint.policy.Policy`.
 must_beat: logistic
 """
 

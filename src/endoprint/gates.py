@@ -8,100 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
 
 import pandas as pd
-from pydantic import Field
 
-from endoprint.config import Config, Refusal, read_yaml
+from endoprint.config import Refusal
 from endoprint.paired import FEWEST_FOR_BOOTSTRAP, FEWEST_FOR_INTERVAL, Comparison, compare_units
+from endoprint.policy import AtLeast, Policy
 
 Decision = Literal["promote", "hold", "reject"]
-Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-
-COST_TOLERANCE = 0.25  # timings of equal models differ by that much on a shared machine (a guess)
-
-
-# -- the rules ----------------------------------------------------------------------------------
-class AtLeast(Config):
-    """Floors over the test units; an absent one does not bind."""
-
-    macro_f1: Share | None = Field(None, description="mean F1 over exposures, all test cells")
-    worst_unit_macro_f1: Share | None = Field(None, description="macro-F1 of the worst test unit")
-    worst_exposure_f1: Share | None = Field(None, description="F1 of the worst-told exposure")
-    balanced_accuracy: Share | None = Field(None, description="mean recall over exposures")
-    auroc_macro: Share | None = Field(None, description="mean one-versus-rest AUROC")
-
-
-class AtMost(Config):
-    """Ceilings; an absent one does not bind."""
-
-    ece: Share | None = Field(
-        None, description="calibration error beyond what perfect calibration would show by chance"
-    )
-    score_seconds_per_1000_cells: Positive | None = Field(
-        None, description="time to score 1,000 cells on the promoting machine, median of three"
-    )
-    peak_memory_gib: Positive | None = Field(
-        None, description="resident memory of the scoring process, test cells included"
-    )
-
-
-class Margin(Config):
-    """How a candidate is compared with another model, paired over test units."""
-
-    metric: Literal["macro_f1", "balanced_accuracy", "auroc_macro"] = Field(
-        "macro_f1", description="the figure each test unit gives one of"
-    )
-    by: Share = Field(0.01, description="difference from the champion that is worth a change")
-    confidence: Annotated[float, Field(ge=0.5, lt=1)] = Field(
-        0.95, description="one-sided, over all openings of the budget together"
-    )
-
-
-class Policy(Config):
-    """What a version must show before it goes live; `registry/policy.yaml` holds the values."""
-
-    split_hash: str | None = Field(
-        None, description="the frozen test split; absent: the one the workspace holds now"
-    )
-    at_least: AtLeast = Field(AtLeast(), description="floors; one missed is a rejection")
-    at_most: AtMost = Field(AtMost(), description="ceilings; one exceeded is a rejection")
-    must_beat: str | tuple[str, ...] = Field(
-        (), description="baselines that anything costlier than they are must beat"
-    )
-    must_beat_champion: Margin = Field(Margin(), description="what replaces a champion")
-    budget: Annotated[int, Field(ge=1)] = Field(
-        20, description="how often the test units may be opened; spent: new units are needed"
-    )
-    allow_few_units: bool = Field(
-        False, description="under five test units nothing can be inferred: go by the mean instead"
-    )
-    allow_confounded: bool = Field(
-        False, description="promote although exposure cannot be told from technical run"
-    )
-
-    @property
-    def baselines(self) -> tuple[str, ...]:
-        """The names of the models in `must_beat`."""
-        return (self.must_beat,) if isinstance(self.must_beat, str) else self.must_beat
-
-    @property
-    def confidence(self) -> float:
-        """The confidence each single opening must reach: 1 - alpha / budget (judging rule 2)."""
-        return 1.0 - (1.0 - self.must_beat_champion.confidence) / self.budget
-
-
-def read_policy(path: Path) -> Policy:
-    """Read a workspace's policy; every mistake in it is one line."""
-    if not path.is_file():
-        raise Refusal(
-            "promotion follows a policy", f"no {path.name}", "write registry/policy.yaml"
-        )
-    return Policy.of(read_yaml(path), where=path.name)
 
 
 # -- what is judged -----------------------------------------------------------------------------
@@ -201,7 +117,12 @@ def admit(
             if leaked
             else "no test unit was seen in fitting",
         ),
-        Check("replicated", design.is_replicated and n > 0, _replication(design), "hold"),
+        Check(
+            "replicated",
+            design.is_replicated and n > 0,
+            _replication(design),
+            "hold" if design.is_replicated else policy.unreplicated,
+        ),
         _unconfounded(policy, design),
         Check(
             "enough units",
@@ -265,9 +186,10 @@ def _unconfounded(policy: Policy, design: Design) -> Check:
         if design.is_confounded
         else "confounded: unknown; no batch is recorded"
     )
-    if policy.allow_confounded:
-        said += "; allowed by the policy (allow_confounded)"
-    return Check("not confounded", policy.allow_confounded, said, "hold", is_caveat=True)
+    if policy.confounded == "allow":
+        said += "; allowed by the policy (confounded: allow)"
+        return Check("not confounded", True, said, is_caveat=True)
+    return Check("not confounded", False, said, policy.confounded)
 
 
 def _refuse_incomparable(
@@ -312,62 +234,90 @@ def decide(
     judged = [
         Check("champion", True, "there is no champion to beat")
         if champion is None
-        else _paired("champion", candidate, champion, policy, by=policy.must_beat_champion.by)
+        else _against_champion(candidate, champion, policy)
     ]
     judged += [
         _against_baseline(candidate, name, baselines[name], policy)
         for name in policy.baselines
         if name != candidate.model and _is_comparable(candidate, baselines.get(name), design)
     ]
-    judged += _floors(candidate, policy.at_least) + _ceilings(candidate, policy.at_most)
+    judged += _floors(candidate, policy.at_least) + _ceilings(candidate, policy)
     return Verdict.of(admission, judged)
 
 
-def _floors(candidate: Evidence, floors: AtLeast) -> list[Check]:
+def _floors(candidate: Evidence, at_least: AtLeast) -> list[Check]:
     told = [value for name, value in candidate.metrics.items() if name.startswith("f1_")]
     figures = {**candidate.metrics, "worst_exposure_f1": min(told, default=math.nan)}
     return [
         _bound(name, figures.get(name, math.nan), floor, is_floor=True)
-        for name, floor in floors.model_dump().items()
-        if floor is not None
+        for name, floor in at_least.floors.items()
     ]
 
 
-def _ceilings(candidate: Evidence, ceilings: AtMost) -> list[Check]:
+def _ceilings(candidate: Evidence, policy: Policy) -> list[Check]:
     figures = dict(candidate.metrics)
     if "ece" in figures:  # what chance alone would show is no fault of the model's
         floor = figures.get("ece_noise_floor", 0.0)
         figures["ece"] = max(0.0, figures["ece"] - floor)
     return [
-        _bound(name, figures.get(name, math.nan), ceiling, is_floor=False)
-        for name, ceiling in ceilings.model_dump().items()
+        _bound(
+            name,
+            figures.get(name, math.nan),
+            ceiling,
+            is_floor=False,
+            tolerance=0.0 if name == "ece" else policy.cost_tolerance,
+        )
+        for name, ceiling in policy.at_most.model_dump().items()
         if ceiling is not None
     ]
 
 
-def _bound(name: str, value: float, limit: float, *, is_floor: bool) -> Check:
-    if math.isnan(value):
+def _bound(
+    name: str, value: float, limit: float, *, is_floor: bool, tolerance: float = 0.0
+) -> Check:
+    if not math.isfinite(value):
         return Check(name, False, f"{name} could not be measured", "hold")
-    passed = value >= limit if is_floor else value <= limit
+    passed = value >= limit if is_floor else value <= limit * (1 + tolerance)
     shown = f"{name} above its noise floor" if name == "ece" else name
     words = ("is below", "is at least") if is_floor else ("is above", "is at most")
-    return Check(name, passed, f"{shown} {value:.3f} {words[passed]} {limit:g}")
+    said = f"{shown} {value:.3f} {words[passed]} {limit:g}"
+    if tolerance:
+        said += f" and {tolerance:.0%} of tolerance"
+    return Check(name, passed, said)
 
 
 def _against_baseline(candidate: Evidence, name: str, baseline: Evidence, policy: Policy) -> Check:
     rule = f"beats {name}"
-    if not is_costlier(candidate, baseline):
+    if not is_costlier(candidate, baseline, policy.cost_tolerance):
         return Check(rule, True, f"{candidate.label} costs no more than {name}, nor need beat it")
     return _paired(rule, candidate, baseline, policy, by=0.0)
 
 
-def is_costlier(one: Evidence, other: Evidence) -> bool:
+def _against_champion(candidate: Evidence, champion: Evidence, policy: Policy) -> Check:
+    """Ask for the minimum effect; between equivalent models the cheaper wins."""
+    margin, tolerance = policy.must_beat_champion, policy.cost_tolerance
+    better = _paired("champion", candidate, champion, policy, by=margin.by)
+    within = margin.equivalent_within
+    if not within:
+        return better
+    no_worse = _paired("champion", candidate, champion, policy, by=-within)
+    if is_costlier(champion, candidate, tolerance) and not better.passed and no_worse.passed:
+        return replace(no_worse, said=f"{no_worse.said}; it is the cheaper of the two")
+    matched = _paired("champion", champion, candidate, policy, by=-within)
+    is_dearer = is_costlier(candidate, champion, tolerance)
+    if is_dearer and better.passed and no_worse.passed and matched.passed:
+        said = f"{matched.said}; {champion.label} is the cheaper of the two and stays"
+        return Check("champion", False, said, "hold")
+    return better
+
+
+def is_costlier(one: Evidence, other: Evidence, tolerance: float) -> bool:
     """Return whether one model costs more to score with; within the tolerance, size decides."""
     name = "score_seconds_per_1000_cells"
     ours, theirs = one.metrics.get(name, math.nan), other.metrics.get(name, math.nan)
-    if ours > theirs * (1 + COST_TOLERANCE):
+    if ours > theirs * (1 + tolerance):
         return True
-    if theirs > ours * (1 + COST_TOLERANCE):
+    if theirs > ours * (1 + tolerance):
         return False
     return one.n_parameters > other.n_parameters
 
@@ -396,3 +346,29 @@ def _paired(
 def _cannot_reach(found: Comparison) -> bool:
     """Say if even unanimous units would not do: the smallest sign-flip p is 2^-n."""
     return found.n_units < FEWEST_FOR_BOOTSTRAP and 2.0**-found.n_units > 1 - found.confidence
+
+
+# -- a person's word ----------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Approval:
+    """What an authenticated person, who did not train the version, said about a verdict."""
+
+    who: str
+    is_given: bool
+    why: str
+
+
+def approved(verdict: Verdict, policy: Policy, approval: Approval | None) -> Verdict:
+    """Return a verdict that also needs a person's word, where the policy asks for one.
+
+    Nobody is asked about what the gates hold or reject.
+    """
+    if policy.approval == "auto" or verdict.decision != "promote":
+        return verdict
+    if approval is None:
+        check = Check("approval", False, "every gate is passed: it waits for approval", "hold")
+        return Verdict("hold", [check.said, *verdict.reasons], [*verdict.checks, check])
+    verb = "approved" if approval.is_given else "declined"
+    check = Check("approval", approval.is_given, f"{verb} by {approval.who}: {approval.why}")
+    decision: Decision = "promote" if approval.is_given else "reject"
+    return Verdict(decision, [check.said, *verdict.reasons], [*verdict.checks, check])

@@ -52,11 +52,12 @@ class Comparison:
 
     def sentence(self) -> str:
         """Say the outcome in one line, with every unit where there are too few to infer."""
-        margin = f" by more than {self.by:g}" if self.by else ""
+        margin = f" by more than {abs(self.by):g}" if self.by else ""
+        asked = "no worse" if self.by < 0 else "better"  # a negative margin asks for equivalence
         words = {
-            "better": f"better{margin}",
+            "better": f"{asked}{margin}",
             "worse": "worse",
-            "not told apart": f"not shown to be better{margin}" if self.by else "not told apart",
+            "not told apart": f"not shown to be {asked}{margin}" if self.by else "not told apart",
             "too few units": "too few units to say",
         }
         head = f"{words[self.verdict]}: {self.metric} differs by {self.difference:+.3f}"

@@ -20,10 +20,11 @@ from endoprint import gates, history, metrics, registry, tracking
 from endoprint.config import Refusal
 from endoprint.curated import fingerprint, load
 from endoprint.design import Split
-from endoprint.gates import Design, Evidence, Policy, Verdict
+from endoprint.gates import Design, Evidence, Verdict
 from endoprint.lineage import hash_of, metered
 from endoprint.model import ExposureModel
 from endoprint.model import load as load_model
+from endoprint.policy import Policy, read_policy
 from endoprint.registry import CANDIDATE, Version
 from endoprint.workspace import Workspace
 
@@ -77,7 +78,7 @@ def promote(
     Cells, split and audit are the workspace's own unless passed. The test units are opened only
     if every rule that needs no test cell is met; each opening is counted before it happens.
     """
-    policy = gates.read_policy(workspace.policy)
+    policy = read_policy(workspace.policy)
     with registry.lock(workspace):
         registry.recover(workspace)
         version_of, model = registry.load_version(workspace, version or CANDIDATE)

@@ -77,8 +77,8 @@ def _check(space: Workspace) -> None:
     from endoprint.cells import CellsConfig
     from endoprint.design import DesignConfig
     from endoprint.encoder.pretrain import PretrainConfig
-    from endoprint.gates import read_policy
     from endoprint.model import model_class
+    from endoprint.policy import read_policy
     from endoprint.search import SearchConfig
     from endoprint.simulate import SimulateConfig
     from endoprint.tokens import TokensConfig
