@@ -282,7 +282,7 @@ def test_ids_of_one_symbol_are_one_gene(parts, folder):
     encoder, told = model._begin(train)
     assert told["vocabulary"]["n_known"] == 120
     assert encoder.shape.n_tokens == 119 + bins.FIRST_GENE
-    made = model._binned(train)
+    made = model._sentences(train)
     both = (train.X[:, :2] > 0).sum(axis=1).A1 > 1
     expressed = (train.X > 0).sum(axis=1).A1
     assert both.any()

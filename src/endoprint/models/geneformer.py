@@ -17,32 +17,22 @@ n cells, E exposures, D width of the backbone.
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from anndata import AnnData
 from scipy import sparse
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from endoprint import tokens
-from endoprint.config import Refusal
 from endoprint.encoder import backbone
-from endoprint.encoder.loop import Lesson, Loop
-from endoprint.encoder.minibatches import Layout
-from endoprint.encoder.network import Answers, Network, answer
-from endoprint.encoder.recipe import Recipe, device_at_hand
-from endoprint.model import ExposureModel, State, Watch
+from endoprint.encoder.network import Network
+from endoprint.encoder.recipe import Recipe
+from endoprint.encoder.tuned import EncoderModel
 from endoprint.vocabulary import Vocabulary
 
-Array = np.ndarray[Any, np.dtype[Any]]
-
 SCRATCH = "endoprint small backbone, random start, never pre-trained; not the published Geneformer"
-
-
-VOTES = "each gene also votes directly, which is no part of Geneformer"
 
 
 class GeneformerConfig(Recipe):
@@ -54,51 +44,14 @@ class GeneformerConfig(Recipe):
     ffn: int = 128  # width inside each layer's feed-forward part
 
 
-class Geneformer(ExposureModel):
+class Geneformer(EncoderModel):
     """Read a cell's genes in the order of their expression and weigh every exposure."""
 
     Config = GeneformerConfig
+    reader = Network
+    _network: Network
     name = "geneformer"
     takes_backbone = True
-
-    def _learn(self, train: AnnData, valid: AnnData, watch: Watch, work: Path | None) -> None:
-        if self.config.pooling == "cls" and self.config.block:
-            raise Refusal(
-                "first-position pooling needs the whole cell in one row",
-                f"block {self.config.block}",
-                "set block to 0, or pool by rank or mean",
-            )
-        known = valid.obs["exposure"].astype(str).isin(self.exposures).to_numpy()
-        self._vocabulary = self._choose_vocabulary(train)
-        model, origin = self._begin()
-        learned, checked = self._lesson(train), self._lesson(valid[known])
-        self._layout = self._layout_of()
-        n_specials = 2 if self._layout.has_specials else 0
-        self._network = self._network_of(
-            model, genes_per_cell=max(float(learned.tokens.lengths.mean()) - n_specials, 1.0)
-        )
-        loop = Loop(
-            self._network,
-            learned,
-            checked,
-            self.config,
-            self._layout,
-            seed=self.seed,
-            work=work,
-        )
-        progress = loop.run(watch)
-        self.provenance |= {
-            "backbone": origin.to_json(),
-            "vocabulary": {
-                "name": self._vocabulary.name,
-                "sha256": self._vocabulary.sha256,
-                "units": self._vocabulary.provenance.get("units", []),
-            },
-            "epochs": progress.epoch,
-            "best_epoch": progress.best_epoch,
-        }
-        if self.config.has_votes:
-            self.provenance["note"] = VOTES
 
     def _choose_vocabulary(self, train: AnnData) -> Vocabulary:
         """Take the workspace's, else the backbone's own, else fit one on the training cells."""
@@ -109,7 +62,24 @@ class Geneformer(ExposureModel):
             return Vocabulary.read(folder / backbone.VOCABULARY)
         return Vocabulary.fit(train)
 
-    def _begin(self) -> tuple[BertForMaskedLM, backbone.Origin]:
+    def _begin(self, train: AnnData) -> tuple[BertModel, dict[str, Any]]:
+        self._take(self._choose_vocabulary(train))
+        model, origin = self._drawn_or_read()
+        return model.bert, {
+            "backbone": origin.to_json(),
+            "vocabulary": {
+                "name": self._vocabulary.name,
+                "sha256": self._vocabulary.sha256,
+                "units": self._vocabulary.provenance.get("units", []),
+            },
+        }
+
+    def _take(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
+        self.has_specials = vocabulary.cls_id is not None
+        self.n_more = 2 if self.has_specials else 0
+
+    def _drawn_or_read(self) -> tuple[BertForMaskedLM, backbone.Origin]:
         config, folder = self.config, self.resources.backbone
         if folder is not None:
             model = backbone.read(
@@ -137,32 +107,7 @@ class Geneformer(ExposureModel):
             SCRATCH, "scratch", vocabulary_sha256=self._vocabulary.sha256
         )
 
-    def _lesson(self, cells: AnnData) -> Lesson:
-        truth = pd.Index(self.exposures).get_indexer(pd.Index(cells.obs["exposure"].astype(str)))
-        return Lesson(
-            tokens.of(cells, self._vocabulary, self.resources.tokens), truth.astype(np.int64)
-        )
-
-    def _layout_of(self) -> Layout:
-        layout: Layout = self.config.layout(has_specials=self._vocabulary.cls_id is not None)
-        return layout
-
-    def _network_of(self, model: BertForMaskedLM, *, genes_per_cell: float) -> Network:
-        config, device = self.config, device_at_hand()
-        with torch.random.fork_rng(devices=[]):  # layers draw weights that are then zeroed
-            network = Network(
-                model.bert,
-                len(self.exposures),
-                has_votes=config.has_votes,
-                vector_dropout=config.vector_dropout,
-                genes_per_cell=genes_per_cell,
-                uses_bf16=config.precision == "bf16"
-                or (config.precision == "auto" and device.type == "cuda"),
-            )
-        return network.to(device)
-
-    # -- answers --------------------------------------------------------------------------------
-    def _answer(self, cells: AnnData) -> Answers:
+    def _sentences(self, cells: AnnData) -> tokens.Tokens:
         if not self._vocabulary.identify(list(cells.var_names)).n_known:
             # none of the genes the model knows was measured: every cell is an empty sentence
             cells = AnnData(
@@ -170,53 +115,33 @@ class Geneformer(ExposureModel):
                 obs=pd.DataFrame(index=cells.obs_names),
                 var=pd.DataFrame(index=[self._vocabulary.genes[0]]),
             )
-        found = tokens.of(cells, self._vocabulary, self.resources.tokens)
-        return answer(
-            self._network, found, self._layout, minibatch_tokens=self.config.minibatch_tokens
-        )
-
-    def evidence(self, cells: AnnData) -> Array:
-        return self._answer(cells).logits_BE.astype(np.float64)
-
-    def embed(self, cells: AnnData) -> Array:
-        """Return the pooled, standardised hidden states, (n, D)."""
-        return self._answer(cells).vectors_BD
+        return tokens.of(cells, self._vocabulary, self.resources.tokens)
 
     # -- disk -----------------------------------------------------------------------------------
-    def _state(self) -> State:
+    def _values(self) -> dict[str, Any]:
         vocabulary = self._vocabulary
-        weights = self._network.state_dict()
-        return State(
-            {
-                "shape": self._network.bert.config.to_dict(),
-                "vocabulary": asdict(vocabulary)
-                | {"medians": vocabulary.medians.tolist(), "sha256": vocabulary.sha256},
-            },
-            {key: value.detach().cpu().numpy() for key, value in weights.items()},
-        )
+        return {
+            "shape": self._network.bert.config.to_dict(),
+            "vocabulary": asdict(vocabulary)
+            | {"medians": vocabulary.medians.tolist(), "sha256": vocabulary.sha256},
+        }
 
-    def _restore(self, state: State) -> None:
-        values = dict(state.values["vocabulary"])
-        sha256 = values.pop("sha256")
-        self._vocabulary = Vocabulary(
-            name=values["name"],
-            genes=tuple(values["genes"]),
-            medians=np.array(values["medians"], dtype=np.float64),
-            specials=tuple(values["specials"]),
-            max_length=values["max_length"],
-            aliases=values["aliases"],
-            provenance=values["provenance"],
+    def _again(self, values: dict[str, Any]) -> BertModel:
+        told = dict(values["vocabulary"])
+        sha256 = told.pop("sha256")
+        vocabulary = Vocabulary(
+            name=told["name"],
+            genes=tuple(told["genes"]),
+            medians=np.array(told["medians"], dtype=np.float64),
+            specials=tuple(told["specials"]),
+            max_length=told["max_length"],
+            aliases=told["aliases"],
+            provenance=told["provenance"],
         )
-        self._vocabulary.require(sha256, "the saved model")
-        self._layout = self._layout_of()
-        model = backbone.build(
-            BertConfig.from_dict(state.values["shape"]),
-            seed=0,
-            dropout=self.config.dropout,
-            attention_dropout=self.config.attention_dropout,
-        )
-        self._network = self._network_of(model, genes_per_cell=1.0)
-        self._network.load_state_dict(
-            {key: torch.from_numpy(array) for key, array in state.arrays.items()}
-        )
-        self._network.eval()
+        vocabulary.require(sha256, "the saved model")
+        self._take(vocabulary)
+        shape = BertConfig.from_dict(values["shape"])
+        config = self.config
+        return backbone.build(
+            shape, seed=0, dropout=config.dropout, attention_dropout=config.attention_dropout
+        ).bert

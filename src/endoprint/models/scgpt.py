@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from anndata import AnnData
 from torch import Tensor, nn
 
@@ -36,16 +35,12 @@ from endoprint.curated import matrix, sums
 from endoprint.encoder import scgpt_backbone as backbone
 from endoprint.encoder import scgpt_checkpoint
 from endoprint.encoder.backbone import Origin
-from endoprint.encoder.loop import Lesson, Loop
 from endoprint.encoder.minibatches import Minibatch
-from endoprint.encoder.network import Answers, Reader, answer
-from endoprint.encoder.recipe import Recipe, device_at_hand
-from endoprint.model import ExposureModel, State, Watch
-
-Array = np.ndarray[Any, np.dtype[Any]]
+from endoprint.encoder.network import Reader
+from endoprint.encoder.recipe import Recipe
+from endoprint.encoder.tuned import EncoderModel
 
 SCRATCH = "endoprint small scGPT, random start, never pre-trained; not the published scGPT"
-VOTES = "each gene also votes directly, which is no part of scGPT"
 
 
 class ScgptConfig(Recipe):
@@ -66,29 +61,12 @@ class ScgptConfig(Recipe):
 class ScgptNetwork(Reader):
     """Read a cell's genes and their levels with scGPT's encoder."""
 
+    name = "scgpt"
     scgpt: backbone.ScgptEncoder
 
-    def __init__(
-        self,
-        scgpt: backbone.ScgptEncoder,
-        n_exposures: int,
-        *,
-        has_votes: bool,
-        vector_dropout: float = 0.0,
-        genes_per_cell: float = 1.0,
-        uses_bf16: bool = False,
-    ) -> None:
-        super().__init__(
-            "scgpt",
-            scgpt,
-            n_exposures,
-            width=scgpt.shape.width,
-            n_tokens=scgpt.shape.n_tokens,
-            has_votes=has_votes,
-            vector_dropout=vector_dropout,
-            genes_per_cell=genes_per_cell,
-            uses_bf16=uses_bf16,
-        )
+    @staticmethod
+    def size_of(backbone: Any) -> tuple[int, int]:
+        return backbone.shape.width, backbone.shape.n_tokens
 
     def hidden(self, minibatch: Minibatch) -> Tensor:
         if minibatch.levels_RT is None:
@@ -103,39 +81,14 @@ class ScgptNetwork(Reader):
         return self.scgpt.encoder.embedding.weight
 
 
-class Scgpt(ExposureModel):
+class Scgpt(EncoderModel):
     """Read a cell's genes with how much there is of each, and weigh every exposure."""
 
     Config = ScgptConfig
+    reader = ScgptNetwork
+    _network: ScgptNetwork
     name = "scgpt"
-
-    def _learn(self, train: AnnData, valid: AnnData, watch: Watch, work: Path | None) -> None:
-        if self.config.pooling == "cls" and self.config.block:
-            raise Refusal(
-                "first-position pooling needs the whole cell in one row",
-                f"block {self.config.block}",
-                "set block to 0, or pool by rank or mean",
-            )
-        known = valid.obs["exposure"].astype(str).isin(self.exposures).to_numpy()
-        encoder, about = self._begin(train)
-        learned, checked = self._lesson(train), self._lesson(valid[known])
-        self._layout = self.config.layout(has_specials=False)  # `<cls>` is known by its level
-        self._network = self._network_of(
-            encoder, genes_per_cell=max(float(learned.tokens.lengths.mean()) - 1, 1.0)
-        )
-        loop = Loop(
-            self._network,
-            learned,
-            checked,
-            self.config,
-            self._layout,
-            seed=self.seed,
-            work=work,
-        )
-        progress = loop.run(watch)
-        self.provenance |= about | {"epochs": progress.epoch, "best_epoch": progress.best_epoch}
-        if self.config.has_votes:
-            self.provenance["note"] = VOTES
+    n_more = 1  # `<cls>`, known by its level
 
     def _begin(self, train: AnnData) -> tuple[backbone.ScgptEncoder, dict[str, Any]]:
         """Return the encoder, its genes those of the training cells, and what to say of it."""
@@ -208,11 +161,7 @@ class Scgpt(ExposureModel):
             },
         }
 
-    def _lesson(self, cells: AnnData) -> Lesson:
-        truth = pd.Index(self.exposures).get_indexer(pd.Index(cells.obs["exposure"].astype(str)))
-        return Lesson(self._binned(cells), truth.astype(np.int64))
-
-    def _binned(self, cells: AnnData) -> bins.Binned:
+    def _sentences(self, cells: AnnData) -> bins.Binned:
         place = pd.Index(self._genes).get_indexer(pd.Index(cells.var_names))
         tokens = np.array([*self._tokens, -1], dtype=np.int64)  # the last: a gene not known
         return bins.of(
@@ -225,69 +174,23 @@ class Scgpt(ExposureModel):
             seed=self.seed,
         )
 
-    def _network_of(
-        self, encoder: backbone.ScgptEncoder, *, genes_per_cell: float
-    ) -> ScgptNetwork:
-        config, device = self.config, device_at_hand()
-        with torch.random.fork_rng(devices=[]):  # layers draw weights that are then zeroed
-            network = ScgptNetwork(
-                encoder,
-                len(self.exposures),
-                has_votes=config.has_votes,
-                vector_dropout=config.vector_dropout,
-                genes_per_cell=genes_per_cell,
-                uses_bf16=config.precision == "bf16"
-                or (config.precision == "auto" and device.type == "cuda"),
-            )
-        return network.to(device)
-
-    # -- answers --------------------------------------------------------------------------------
-    def _answer(self, cells: AnnData) -> Answers:
-        return answer(
-            self._network,
-            self._binned(cells),
-            self._layout,
-            minibatch_tokens=self.config.minibatch_tokens,
-        )
-
-    def evidence(self, cells: AnnData) -> Array:
-        return self._answer(cells).logits_BE.astype(np.float64)
-
-    def embed(self, cells: AnnData) -> Array:
-        """Return the pooled, standardised hidden states, (n, D)."""
-        return self._answer(cells).vectors_BD
-
     # -- disk -----------------------------------------------------------------------------------
-    def _state(self) -> State:
-        return State(
-            {
-                "shape": self._network.scgpt.shape.to_json(),
-                "genes": self._genes,
-                "tokens": self._tokens,
-                "n_bins": self._n_bins,
-            },
-            {
-                key: value.detach().cpu().numpy()
-                for key, value in self._network.state_dict().items()
-            },
-        )
+    def _values(self) -> dict[str, Any]:
+        return {
+            "shape": self._network.scgpt.shape.to_json(),
+            "genes": self._genes,
+            "tokens": self._tokens,
+            "n_bins": self._n_bins,
+        }
 
-    def _restore(self, state: State) -> None:
-        self._genes = list(state.values["genes"])
-        self._tokens = list(state.values["tokens"])
-        self._n_bins = int(state.values["n_bins"])
-        self._layout = self.config.layout(has_specials=False)
-        encoder = backbone.build(
-            backbone.Shape(**state.values["shape"]),
-            seed=0,
-            dropout=self.config.dropout,
-            attention_dropout=self.config.attention_dropout,
+    def _again(self, values: dict[str, Any]) -> backbone.ScgptEncoder:
+        self._genes = list(values["genes"])
+        self._tokens = list(values["tokens"])
+        self._n_bins = int(values["n_bins"])
+        shape, config = backbone.Shape(**values["shape"]), self.config
+        return backbone.build(
+            shape, seed=0, dropout=config.dropout, attention_dropout=config.attention_dropout
         )
-        self._network = self._network_of(encoder, genes_per_cell=1.0)
-        self._network.load_state_dict(
-            {key: torch.from_numpy(array) for key, array in state.arrays.items()}
-        )
-        self._network.eval()
 
 
 def _rows(cells: AnnData, tokens: dict[str, int]) -> list[tuple[str, int | None]]:
