@@ -80,7 +80,7 @@ class Loop:
         self.weight_E = torch.tensor(weight, dtype=torch.float32, device=self.device)
         self._steps = len(self._plan(0))  # per epoch; lengths shift it by a few
         self.epochs = recipe.epochs_for(self._steps)
-        freeze(network, recipe.frozen_layers)
+        network.freeze(recipe.frozen_layers)
         self.optimizer = _optimizer(network, recipe)
         n_steps = self._steps * self.epochs
         self._factor = schedule_of(recipe.schedule, n_steps, recipe.warmup_share)
@@ -228,20 +228,6 @@ class Loop:
             has_stopped=bool(values["has_stopped"]),
             history=list(values["history"]),
         )
-
-
-def freeze(network: Reader, layers: int) -> None:
-    """Keep the embeddings and the first layers as they are; 0 freezes nothing."""
-    embeddings, body = network.stages()
-    if layers > len(body):
-        raise Refusal(
-            "no more layers can be frozen than the backbone has",
-            f"frozen_layers {layers} of {len(body)}",
-            "lower frozen_layers",
-        )
-    if layers:
-        for part in (*embeddings, *body[:layers]):
-            part.requires_grad_(False)
 
 
 def _optimizer(network: Reader, recipe: Recipe) -> torch.optim.AdamW:

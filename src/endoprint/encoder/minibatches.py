@@ -57,6 +57,7 @@ class Minibatch:
     rank_weights_N: Tensor  # their rank weights, whatever the pooling
     starts_B: Tensor  # where each cell starts among them
     levels_RT: Tensor | None = None  # float32, where genes have levels; 0 at padding
+    states_RTD: Tensor | None = None  # where learning begins, if they are known already
 
     def to(self, device: torch.device) -> Minibatch:
         """Return the same minibatch on a device."""
@@ -75,6 +76,7 @@ class Minibatch:
             rank_weights_N=move(self.rank_weights_N),
             starts_B=move(self.starts_B),
             levels_RT=None if self.levels_RT is None else move(self.levels_RT),
+            states_RTD=None if self.states_RTD is None else move(self.states_RTD),
         )
 
 

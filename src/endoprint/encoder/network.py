@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import BertModel
 
+from endoprint.config import Refusal
 from endoprint.encoder.minibatches import Layout, Minibatch, Sentences, assemble, plan
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -32,7 +33,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 class Reader(nn.Module, ABC):
     """Read a cell's genes and weigh every exposure, whatever the backbone.
 
-    A kind of backbone has a `name` and writes `size_of`, `hidden`, `stages` and `gene_table`.
+    A kind of backbone has a `name` and writes `size_of`, `enter`, `through`,
+    `stages` and `gene_table`.
     The pooled vector is standardised by batch normalisation without scale or shift: by the
     minibatch while training, by running figures afterwards, so that answers are independent.
     `genes_per_cell` scales the votes: their inputs are then about one whatever the panel.
@@ -64,6 +66,7 @@ class Reader(nn.Module, ABC):
             nn.init.zeros_(self.votes.weight)
         self.register_buffer("typical_length", torch.tensor(float(genes_per_cell)))
         self.uses_bf16 = uses_bf16
+        self.n_frozen = 0  # layers that do not learn, and the embeddings with them
 
     @staticmethod
     @abstractmethod
@@ -71,8 +74,12 @@ class Reader(nn.Module, ABC):
         """Return a backbone's width and how many tokens it knows."""
 
     @abstractmethod
-    def hidden(self, minibatch: Minibatch) -> Tensor:
-        """Return the last hidden state of every token of a minibatch, (R, T, D)."""
+    def enter(self, minibatch: Minibatch) -> Tensor:
+        """Return the state of every token before the first layer, (R, T, D)."""
+
+    @abstractmethod
+    def through(self, layer: nn.Module, x_RTD: Tensor, mask_RT: Tensor | None) -> Tensor:
+        """Return the states of tokens after one layer, (R, T, D)."""
 
     @abstractmethod
     def stages(self) -> tuple[list[nn.Module], list[nn.Module]]:
@@ -81,6 +88,51 @@ class Reader(nn.Module, ABC):
     @abstractmethod
     def gene_table(self) -> Tensor:
         """Return the embeddings of genes, which learn faster than the rest."""
+
+    def freeze(self, n_layers: int) -> None:
+        """Keep the embeddings and the first layers as they are, without dropout; 0: nothing."""
+        n = len(self.stages()[1])
+        if n_layers > n:
+            raise Refusal(
+                "no more layers can be frozen than the backbone has",
+                f"frozen_layers {n_layers} of {n}",
+                "lower frozen_layers",
+            )
+        self.n_frozen = n_layers
+        for part in self._frozen():
+            part.requires_grad_(False)
+
+    def _frozen(self) -> list[nn.Module]:
+        embeddings, layers = self.stages()
+        return [*embeddings, *layers[: self.n_frozen]] if self.n_frozen else []
+
+    def train(self, mode: bool = True) -> Self:
+        """Turn dropout on or off; what is frozen never has any."""
+        super().train(mode)
+        for part in self._frozen():
+            part.eval()
+        return self
+
+    def frozen_states(self, minibatch: Minibatch) -> Tensor:
+        """Return the states of tokens where learning begins, (R, T, D) float32."""
+        with torch.autocast(minibatch.ids_RT.device.type, torch.bfloat16, enabled=self.uses_bf16):
+            return self._until_frozen(minibatch).float()
+
+    def _until_frozen(self, minibatch: Minibatch) -> Tensor:
+        x_RTD = self.enter(minibatch)
+        for layer in self.stages()[1][: self.n_frozen]:
+            x_RTD = self.through(layer, x_RTD, minibatch.mask_RT)
+        return x_RTD
+
+    def hidden(self, minibatch: Minibatch) -> Tensor:
+        """Return the last hidden state of every token of a minibatch, (R, T, D)."""
+        x_RTD = minibatch.states_RTD
+        if x_RTD is None:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.n_frozen):
+                x_RTD = self._until_frozen(minibatch)
+        for layer in self.stages()[1][self.n_frozen :]:
+            x_RTD = self.through(layer, x_RTD, minibatch.mask_RT)
+        return x_RTD
 
     def forward(self, minibatch: Minibatch) -> tuple[Tensor, Tensor]:
         """Return logits (B, E) and the standardised vector (B, D) of every cell."""
@@ -119,8 +171,15 @@ class Network(Reader):
     def size_of(backbone: Any) -> tuple[int, int]:
         return int(backbone.config.hidden_size), int(backbone.config.vocab_size)
 
-    def hidden(self, minibatch: Minibatch) -> Tensor:
-        return hidden_states(self.bert, minibatch)
+    def enter(self, minibatch: Minibatch) -> Tensor:
+        entering: Tensor = self.bert.embeddings(
+            input_ids=minibatch.ids_RT, position_ids=minibatch.positions_RT
+        )
+        return entering
+
+    def through(self, layer: nn.Module, x_RTD: Tensor, mask_RT: Tensor | None) -> Tensor:
+        passed: Tensor = layer(x_RTD, None if mask_RT is None else mask_RT[:, None, None, :])
+        return passed
 
     def stages(self) -> tuple[list[nn.Module], list[nn.Module]]:
         return [self.bert.embeddings], list(self.bert.encoder.layer)

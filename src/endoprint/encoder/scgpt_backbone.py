@@ -150,10 +150,15 @@ class ScgptEncoder(nn.Module):
 
     def forward(self, ids_RT: Tensor, levels_RT: Tensor, mask_RT: Tensor | None) -> Tensor:
         """Return the last hidden state of every token, (R, T, D); `mask_RT` is True at tokens."""
-        x_RTD: Tensor = self.encoder(ids_RT) + self.value_encoder(levels_RT)
+        x_RTD = self.enter(ids_RT, levels_RT)
         for layer in self.layers():
             x_RTD = layer(x_RTD, mask_RT)
         return x_RTD
+
+    def enter(self, ids_RT: Tensor, levels_RT: Tensor) -> Tensor:
+        """Return the state of every token before the first layer, (R, T, D)."""
+        entering: Tensor = self.encoder(ids_RT) + self.value_encoder(levels_RT)
+        return entering
 
     def layers(self) -> list[nn.Module]:
         """Return the layers, from the input up."""

@@ -68,11 +68,14 @@ class ScgptNetwork(Reader):
     def size_of(backbone: Any) -> tuple[int, int]:
         return backbone.shape.width, backbone.shape.n_tokens
 
-    def hidden(self, minibatch: Minibatch) -> Tensor:
+    def enter(self, minibatch: Minibatch) -> Tensor:
         if minibatch.levels_RT is None:
             raise Refusal("scGPT reads genes with levels", "ranks", "bin the cells (bins.of)")
-        hidden: Tensor = self.scgpt(minibatch.ids_RT, minibatch.levels_RT, minibatch.mask_RT)
-        return hidden
+        return self.scgpt.enter(minibatch.ids_RT, minibatch.levels_RT)
+
+    def through(self, layer: nn.Module, x_RTD: Tensor, mask_RT: Tensor | None) -> Tensor:
+        passed: Tensor = layer(x_RTD, mask_RT)
+        return passed
 
     def stages(self) -> tuple[list[nn.Module], list[nn.Module]]:
         return [self.scgpt.encoder, self.scgpt.value_encoder], self.scgpt.layers()
