@@ -46,11 +46,11 @@ def read_source(
 
 def read_obs(path: Path) -> pd.DataFrame:
     """Read only what is known about each cell."""
-    if _is_zarr(path):
-        with _readable(path):
+    if is_zarr(path):
+        with readable(path):
             return pd.DataFrame(read_zarr(path).obs)
-    with _hdf5(path) as file:
-        if _is_10x(file):
+    with hdf5(path) as file:
+        if is_10x(file):
             return pd.DataFrame(_read_10x(file, path).obs)
         return _frame(file, "obs", path)
 
@@ -60,19 +60,19 @@ def blocks(path: Path, *, layer: str | None, n_cells: int, obs_table: str) -> It
 
     Row-wise (CSR) and dense matrices of an h5ad stream; anything else is read whole first.
     """
-    if _is_zarr(path) or not _streams(path, layer):
+    if is_zarr(path) or not _streams(path, layer):
         whole = _read_one(path, layer)
         values, var = chosen(whole, layer)
         obs = whole.obs if not obs_table else join_table(whole.obs, _beside(path, obs_table))[0]
         rows = values if isinstance(values, np.ndarray) else sparse.csr_matrix(values)
         yield from _sliced(rows, obs, var, n_cells)
         return
-    with _hdf5(path) as file:
+    with hdf5(path) as file:
         obs = _frame(file, "obs", path)
         if obs_table:
             obs = join_table(obs, _beside(path, obs_table))[0]
         var = _frame(file, "raw/var" if layer == "raw" else "var", path)
-        stored = file[_place(layer)]
+        stored = file[place(layer)]
         yield from _sliced(
             sparse_dataset(stored) if isinstance(stored, h5py.Group) else stored, obs, var, n_cells
         )
@@ -80,13 +80,13 @@ def blocks(path: Path, *, layer: str | None, n_cells: int, obs_table: str) -> It
 
 def layers(path: Path) -> list[str | None]:
     """Return where a file holds matrices: None is X, then layers, then "raw"."""
-    if _is_zarr(path):
-        with _readable(path):
+    if is_zarr(path):
+        with readable(path):
             cells = read_zarr(path)
         found: list[str | None] = [None] if cells.X is not None else []
         return found + list(cells.layers) + (["raw"] if cells.raw is not None else [])
-    with _hdf5(path) as file:
-        if _is_10x(file):
+    with hdf5(path) as file:
+        if is_10x(file):
             return [None]
         named: list[str | None] = list(file["layers"]) if "layers" in file else []
         return [None] * ("X" in file) + named + ["raw"] * ("raw/X" in file)
@@ -105,7 +105,7 @@ def chosen(cells: AnnData, layer: str | None) -> tuple[Any, pd.DataFrame]:
     if found is None:
         available = ["X"] if cells.X is not None else []
         available += list(cells.layers) + (["raw"] if cells.raw is not None else [])
-        raise _no_layer(layer, available)
+        raise no_layer(layer, available)
     return found, cells.var
 
 
@@ -134,19 +134,19 @@ def join_table(obs: pd.DataFrame, path: Path) -> tuple[pd.DataFrame, np.ndarray[
 
 # -- one file -----------------------------------------------------------------------------------
 def _read_one(path: Path, layer: str | None) -> AnnData:
-    if _is_zarr(path):
-        with _readable(path):
+    if is_zarr(path):
+        with readable(path):
             cells: AnnData = read_zarr(path)
         return cells
-    with _hdf5(path) as file:
-        if _is_10x(file):
+    with hdf5(path) as file:
+        if is_10x(file):
             return _read_10x(file, path)
         if isinstance(file.get("obs"), h5py.Dataset):  # written by anndata before 0.7
             old: AnnData = read_h5ad(path)
             return old
         obs, var = _frame(file, "obs", path), _frame(file, "var", path)
-        _refuse_missing(file, layer, path)
-        values = read_elem(file[_place(layer)])
+        refuse_missing(file, layer, path)
+        values = read_elem(file[place(layer)])
         if layer is None:
             return AnnData(X=values, obs=obs, var=var)
         if layer == "raw":
@@ -158,8 +158,8 @@ def _read_one(path: Path, layer: str | None) -> AnnData:
 def _read_runs(folder: Path, runs: Mapping[str, str]) -> AnnData:
     parts: list[AnnData] = []
     for run, name in runs.items():
-        with _hdf5(folder / name) as file:
-            if not _is_10x(file):
+        with hdf5(folder / name) as file:
+            if not is_10x(file):
                 raise Refusal(
                     "runs names 10x .h5 files",
                     f"{name} has groups {', '.join(file) or 'none'}",
@@ -184,26 +184,31 @@ def _read_runs(folder: Path, runs: Mapping[str, str]) -> AnnData:
 
 def _read_10x(file: h5py.File, path: Path) -> AnnData:
     """CellRanger 3: CSC of genes x cells, which is CSR of cells x genes."""
-    with _readable(path):
+    with readable(path):
         group = file["matrix"]
         n_genes, n_cells = (int(n) for n in group["shape"][:])
         counts = sparse.csr_matrix(
             (group["data"][:], group["indices"][:], group["indptr"][:]), shape=(n_cells, n_genes)
         )
         features = group["features"]
-        var = pd.DataFrame(
-            {
-                "gene_ids": features["id"].asstr()[:],
-                "symbol": features["name"].asstr()[:],
-                "feature_types": features["feature_type"].asstr()[:],
-            },
+        var = tenx_genes(
+            features["id"].asstr()[:],
+            features["name"].asstr()[:],
+            features["feature_type"].asstr()[:],
         )
-        var.index = pd.Index(var["gene_ids"].to_numpy(), name=None)
         obs = pd.DataFrame(index=group["barcodes"].asstr()[:])
     return AnnData(X=counts, obs=obs, var=var)
 
 
-def _is_10x(file: h5py.File) -> bool:
+def tenx_genes(ids: Any, symbols: Any, kinds: Any) -> pd.DataFrame:
+    """Return the table of genes of a 10x file: index Ensembl ids."""
+    var = pd.DataFrame({"gene_ids": ids, "symbol": symbols, "feature_types": kinds})
+    var.index = pd.Index(var["gene_ids"].to_numpy(), name=None)
+    return var
+
+
+def is_10x(file: h5py.File) -> bool:
+    """Say whether a file is CellRanger's; refuse one that is no file of cells at all."""
     if "obs" in file or "X" in file:
         return False
     if "matrix" in file and "features" in file["matrix"]:
@@ -217,28 +222,36 @@ def _is_10x(file: h5py.File) -> bool:
 
 
 # -- pieces of an h5ad --------------------------------------------------------------------------
-def _place(layer: str | None) -> str:
+def place(layer: str | None) -> str:
+    """Return where a file keeps the matrix that `layer` names."""
     return {None: "X", "raw": "raw/X"}.get(layer, f"layers/{layer}")
 
 
 def _streams(path: Path, layer: str | None) -> bool:
-    with _hdf5(path) as file:
-        if _is_10x(file) or not isinstance(file.get("obs"), h5py.Group):
+    with hdf5(path) as file:
+        if is_10x(file) or not isinstance(file.get("obs"), h5py.Group):
             return False
-        _refuse_missing(file, layer, path)
-        stored = file[_place(layer)]
+        refuse_missing(file, layer, path)
+        stored = file[place(layer)]
         return isinstance(stored, h5py.Dataset) or "csr" in str(stored.attrs["encoding-type"])
 
 
-def _refuse_missing(file: h5py.File, layer: str | None, path: Path) -> None:
-    if _place(layer) not in file:
+def refuse_missing(file: h5py.Group, layer: str | None, path: Path) -> None:
+    """Refuse a file, HDF5 or zarr, without the matrix that `layer` names, or without its tables."""
+    for name in ("obs", "raw/var" if layer == "raw" and "raw" in file else "var"):
+        if name not in file:
+            raise Refusal(
+                f"an h5ad has {name}", f"none in {path.name}", "write it with anndata again"
+            )
+    if place(layer) not in file:
         layers = list(file["layers"]) if "layers" in file else []
-        raise _no_layer(
+        raise no_layer(
             layer, [n for n in ("X",) if n in file] + layers + (["raw"] if "raw/X" in file else [])
         )
 
 
-def _no_layer(layer: str | None, available: list[str]) -> Refusal:
+def no_layer(layer: str | None, available: list[str]) -> Refusal:
+    """Return the refusal of a layer that is not there."""
     return Refusal(
         "layer names where raw counts are: null for X, raw, or a layer",
         f"no {layer or 'X'}; there are: {', '.join(available) or 'none'}",
@@ -263,17 +276,18 @@ def _sliced(rows: Any, obs: pd.DataFrame, var: pd.DataFrame, n_cells: int) -> It
 
 # -- opening ------------------------------------------------------------------------------------
 def _beside(path: Path, name: str) -> Path:
-    return (path if path.is_dir() and not _is_zarr(path) else path.parent) / name
+    return (path if path.is_dir() and not is_zarr(path) else path.parent) / name
 
 
-def _is_zarr(path: Path) -> bool:
+def is_zarr(path: Path) -> bool:
+    """Say whether a folder is a zarr store."""
     return path.is_dir() and any(
         (path / mark).exists() for mark in ("zarr.json", ".zgroup", ".zattrs")
     )
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def readable(path: Path) -> Iterator[None]:
     """Turn what HDF5, zarr and anndata say of a broken file into one line."""
     try:
         yield
@@ -289,12 +303,13 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _hdf5(path: Path) -> Iterator[h5py.File]:
+def hdf5(path: Path) -> Iterator[h5py.File]:
+    """Open an HDF5 file, or refuse in one line what is none."""
     if not path.exists():
         raise Refusal(f"cells come as {KINDS}", f"no file at {path}", "check the path")
     if path.is_dir():
         raise Refusal(
             f"cells come as {KINDS}", f"the folder {path.name}", "name the file, or set runs"
         )
-    with _readable(path), h5py.File(path, "r") as file:
+    with readable(path), h5py.File(path, "r") as file:
         yield file
