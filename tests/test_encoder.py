@@ -368,7 +368,7 @@ def test_the_loop_finds_a_planted_signal(has_votes):
     assert set(seen[0][1]) == {"train_loss", "valid_loss", "valid_macro_f1"}
 
 
-def test_a_killed_run_taken_up_again_ends_with_the_very_same_weights(tmp_path):
+def test_a_killed_run_taken_up_again_ends_with_the_very_same_weights(tmp_path, monkeypatch):
     class Killed(Exception): ...
 
     def kill(epoch, metrics):
@@ -381,8 +381,14 @@ def test_a_killed_run_taken_up_again_ends_with_the_very_same_weights(tmp_path):
         loop(work=tmp_path).run(kill)
     resumed = loop(work=tmp_path)
     told = []
+    learned = []
+    one_epoch = resumed._one_epoch
+    monkeypatch.setattr(
+        resumed, "_one_epoch", lambda: learned.append(resumed.progress.epoch) or one_epoch()
+    )
     progress = resumed.run(lambda epoch, metrics: told.append(epoch))
-    assert told == [3]
+    assert learned == [2]  # counted from 0: only the last
+    assert told == [1, 2, 3]  # but the whole curve is told
     assert progress.history == straight.progress.history
     for key, tensor in weights(resumed).items():
         assert torch.equal(tensor, weights(straight)[key]), key

@@ -15,7 +15,7 @@ from endoprint import tokens
 from endoprint.config import Refusal
 from endoprint.encoder import backbone
 from endoprint.encoder.minibatches import Layout, assemble
-from endoprint.encoder.pretrain import CHOSEN, Masker, PretrainConfig, pretrain
+from endoprint.encoder.pretrain import CHOSEN, Masker, PretrainConfig, Pretraining, pretrain
 from endoprint.tokens import Vocabulary
 
 
@@ -94,7 +94,7 @@ def test_the_same_seed_gives_the_same_backbone(tmp_path):
     assert first == again != other
 
 
-def test_a_killed_pre_training_ends_with_the_very_same_weights(tmp_path):
+def test_a_killed_pre_training_ends_with_the_very_same_weights(tmp_path, monkeypatch):
     class Killed(Exception): ...
 
     def kill(epoch, metrics):
@@ -106,11 +106,20 @@ def test_a_killed_pre_training_ends_with_the_very_same_weights(tmp_path):
     with pytest.raises(Killed):
         learn(tmp_path / "b", config=config, work=tmp_path / "work", watch=kill)
     assert not (tmp_path / "b").exists()
+    learned = []
+    one_epoch = Pretraining.one_epoch
+
+    def counted(run, epoch, rate):
+        learned.append(epoch)
+        return one_epoch(run, epoch, rate)
+
+    monkeypatch.setattr(Pretraining, "one_epoch", counted)
     resumed = learn(
         tmp_path / "b", config=config, work=tmp_path / "work", watch=lambda e, m: told.append(e)
     )
+    assert learned == [2]  # counted from 0: only the last
+    assert told == [1, 2, 3]
     straight = learn(tmp_path / "straight", config=config)
-    assert told == [3]
     assert resumed == straight
 
 

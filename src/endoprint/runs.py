@@ -13,6 +13,7 @@ from typing import Any
 
 import pandas as pd
 import psutil
+from filelock import FileLock, Timeout
 
 from endoprint import tracking
 from endoprint.config import Refusal
@@ -80,11 +81,26 @@ def delete(workspace: Workspace, run_ids: Sequence[str]) -> None:
 
 
 def scratch(workspace: Workspace) -> list[Path]:
-    """Return the folders of intermediate files whose run is over."""
+    """Return the folders of intermediate files that no process works in."""
     running = {run.info.run_id for run in _search(workspace, "attributes.status = 'RUNNING'")}
     return [
-        path for path in sorted((workspace.local / "work").glob("*")) if path.name not in running
+        path
+        for path in sorted((workspace.local / "work").glob("[!.]*"))
+        if path.name not in running and not _is_held(path)
     ]
+
+
+def lock_of(folder: Path) -> FileLock:
+    """Return the lock that whoever works in a folder holds; it dies with its process."""
+    return FileLock(folder.with_name(f".{folder.name}.lock"))
+
+
+def _is_held(folder: Path) -> bool:
+    try:
+        with lock_of(folder).acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
 
 
 def torn(workspace: Workspace) -> list[Path]:

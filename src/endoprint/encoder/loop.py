@@ -22,7 +22,7 @@ from endoprint.calibration import fit_temperature
 from endoprint.config import Refusal
 from endoprint.encoder import checkpoint
 from endoprint.encoder.minibatches import Layout, Sentences, assemble, plan
-from endoprint.encoder.network import Reader, answer
+from endoprint.encoder.network import Put, Reader, answer, as_it_is
 from endoprint.encoder.recipe import Recipe, schedule_of
 from endoprint.model import Watch
 
@@ -37,6 +37,7 @@ class Lesson:
 
     tokens: Sentences
     truth: Array
+    put: Put = as_it_is  # gives a minibatch what is known of it already
 
 
 @dataclass
@@ -91,8 +92,13 @@ class Loop:
         self.best: dict[str, Tensor] = {}
 
     def run(self, watch: Watch) -> Progress:
-        """Train, validate, stop early, restore the best epoch; go on from `work` if it can."""
+        """Train, validate, stop early, restore the best epoch; go on from `work` if it can.
+
+        Epochs that an earlier attempt finished are told again, so that the curve is whole.
+        """
         self._resume()
+        for epoch, metrics in enumerate(self.progress.history, start=1):
+            watch(epoch, metrics)
         while self.progress.epoch < self.epochs and not self.progress.has_stopped:
             metrics = {"train_loss": self._one_epoch(), **self._validate()}
             self._judge(metrics)
@@ -126,7 +132,8 @@ class Loop:
         return total / len(planned)
 
     def _step(self, cells: Array, rng: np.random.Generator, where: str) -> float:
-        minibatch = assemble(self.train.tokens, cells, self.layout, rng).to(self.device)
+        assembled = assemble(self.train.tokens, cells, self.layout, rng)
+        minibatch = self.train.put(assembled).to(self.device)
         truth_B = torch.from_numpy(self.train.truth[cells]).to(self.device)
         logits_BE, _ = self.network(minibatch)
         # divided by the cells, not by their weights: a cell weighs the same in every minibatch
@@ -159,6 +166,7 @@ class Loop:
             self.valid.tokens,
             self.layout,
             minibatch_tokens=self.recipe.minibatch_tokens,
+            put=self.valid.put,
         ).logits_BE
         present, n_cells = np.unique(self.valid.truth, return_counts=True)
         weight = 1.0 / n_cells[np.searchsorted(present, self.valid.truth)]

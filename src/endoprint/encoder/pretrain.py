@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -205,30 +205,40 @@ class Pretraining:
 
     # -- learning -------------------------------------------------------------------------------
     def learn(self, watch: Watch) -> None:
-        """Go through the cells `epochs` times; each epoch draws from its own seed."""
+        """Go through the cells `epochs` times; each epoch draws from its own seed.
+
+        Epochs that an earlier attempt finished are told again, so that the curve is whole.
+        """
         config = self.config
         steps = len(self._plan(0))
         factor = schedule_of(config.schedule, steps * config.epochs, config.warmup_share)
         run = self._fingerprint() if self.path else ""
         found = self.path and checkpoint.resume(self.path, run, self.model, self.optimizer)
-        first = int(found[0]["epoch"]) if found else 0
-        for epoch in range(first, config.epochs):
-            planned = self._plan(epoch)
-            rng = np.random.default_rng([self.seed, epoch, 1])
-            total = 0.0
-            self.model.train()
-            on_gpu = [self.device] if self.device.type == "cuda" else []
-            with torch.random.fork_rng(devices=on_gpu):
-                torch.manual_seed(self.seed * 1_000_003 + epoch)
-                for number, cells in enumerate(planned):
-                    done = epoch + number / len(planned)
-                    for group in self.optimizer.param_groups:
-                        group["lr"] = config.lr * factor(int(done * steps))
-                    total += self._step(cells, rng, f"epoch {epoch + 1}, step {number + 1}")
+        history: list[dict[str, float]] = list(found[0]["history"]) if found else []
+        for epoch, metrics in enumerate(history, start=1):
+            watch(epoch, metrics)
+        for epoch in range(len(history), config.epochs):
+            train_loss = self.one_epoch(epoch, lambda done: config.lr * factor(int(done * steps)))
+            history.append({"train_loss": train_loss, "held_out_loss": self.loss()})
             if self.path is not None:
-                values = {"fingerprint": run, "epoch": epoch + 1}
+                values = {"fingerprint": run, "history": history}
                 checkpoint.save(self.path, values, self.model, self.optimizer)
-            watch(epoch + 1, {"train_loss": total / len(planned), "held_out_loss": self.loss()})
+            watch(epoch + 1, history[-1])
+
+    def one_epoch(self, epoch: int, rate: Callable[[float], float]) -> float:
+        """Go through the cells once; return the mean loss. `rate` of the epochs done so far."""
+        planned = self._plan(epoch)
+        rng = np.random.default_rng([self.seed, epoch, 1])
+        total = 0.0
+        self.model.train()
+        on_gpu = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=on_gpu):
+            torch.manual_seed(self.seed * 1_000_003 + epoch)
+            for number, cells in enumerate(planned):
+                for group in self.optimizer.param_groups:
+                    group["lr"] = rate(epoch + number / len(planned))
+                total += self._step(cells, rng, f"epoch {epoch + 1}, step {number + 1}")
+        return total / len(planned)
 
     def _step(self, cells: Array, rng: np.random.Generator, where: str) -> float:
         loss, _ = self._loss_of(cells, rng)

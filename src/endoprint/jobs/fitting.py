@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +18,8 @@ from endoprint.jobs.materials import (
     pretrain_key,
     refuse_held_out_lines,
     resources,
-    scratch,
     vocabulary_sha256,
+    work_folder,
 )
 from endoprint.jobs.searching import n_trials_behind, search_result
 from endoprint.workspace import Workspace
@@ -87,8 +86,9 @@ def pretrain(workspace: str, *, start: str = "") -> str:
     with (
         progress.task("pretrain", config.epochs) as step,
         tracking.run(space, name="pretrain", kind="pretrain") as run,
+        work_folder(space, {"pretrain": key}, run.run_id) as work,
     ):
-        folder = scratch(space, run.run_id)
+        folder = work / "backbone"
         run.params(config)
         told = learn(
             tokens.of(pool, vocabulary),
@@ -99,13 +99,13 @@ def pretrain(workspace: str, *, start: str = "") -> str:
             start=begun,
             seed=space.params.seed,
             watch=both(run.watch, step.watch),
+            work=work,
         )
         figures = ("n_cells", "epochs", "loss_before", "loss_after", "loss_of_frequencies")
         run.metrics({name: told[name] for name in figures})
         for file in sorted(folder.iterdir()):
             run.file(file, "backbone")
         run.tags({"pretrain_key": key, "vocabulary_sha256": vocabulary.sha256})
-        shutil.rmtree(folder)
     if begun is not None:
         runs.fetch(space, run.run_id, "backbone", space.local / "backbones")
     return run.run_id
@@ -131,7 +131,10 @@ def train(workspace: str, *, model: str, tuned: str = "") -> str:
     config = cls.Config.of(values, where=f"models.{model}")
     cells, split = cells_and_split(space)
     n_trials = n_trials_behind(space, model, config)
-    build = partial(cls, config, seed=space.params.seed, resources=resources(space, cls))
+    offered = resources(space, cls)
+    build = partial(cls, config, seed=space.params.seed, resources=offered)
+    said = config.model_dump(mode="json")
+    job = {"train": model, "config": said, "cells": md5(space.cells), "split": split.hash}
     with (
         progress.task(f"train {model}", split.n_folds + 1) as step,
         tracking.run(
@@ -141,13 +144,13 @@ def train(workspace: str, *, model: str, tuned: str = "") -> str:
             model=model,
             tags={"tuned": n_trials > 0, "tuned_trials": n_trials, "cells_md5": md5(space.cells)},
         ) as run,
+        work_folder(space, job, run.run_id) as work,
     ):
         run.params(config)
-        run.record("config", config.model_dump(mode="json"))
-        work = scratch(space, run.run_id)
+        run.record("config", said)
         with metered() as meter:
             judged = judge.cross_fit(
-                build, cells, split,
+                build, cells, split, work=work,
                 told=lambda done, total: step.reach(done, total + 1), seed=space.params.seed,
             )  # fmt: skip
             parts = split.parts(cells.obs, None)
@@ -162,7 +165,6 @@ def train(workspace: str, *, model: str, tuned: str = "") -> str:
         run.metrics({"n_parameters": final.n_parameters()})
         run.record("audit", json.loads(space.audit.read_text()))
         _log_origin(space, run, final, cells, split, parts, meter.cost)
-        shutil.rmtree(work)
     return run.run_id
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from endoprint import progress
 from endoprint.config import Refusal
@@ -61,6 +64,7 @@ def resources(space: Workspace, kind: type[ExposureModel]) -> Resources:
         vocabulary=space.vocabulary if has_tokens else None,
         tokens=space.tokens if has_tokens else None,
         backbone=backbone,
+        activations=space.local / "activations",
     )
 
 
@@ -158,11 +162,32 @@ def backbone_folder(space: Workspace, named: str, *, dictionaries: str = "") -> 
         return checkpoints.fetch(named, space.local / "checkpoints", vocabulary, watch=step.reach)
 
 
-def scratch(space: Workspace, run_id: str) -> Path:
-    """Return the folder of a run's intermediate files, made here if absent."""
-    folder = space.local / "work" / run_id
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+@contextmanager
+def work_folder(space: Workspace, job: Mapping[str, Any], run_id: str) -> Iterator[Path]:
+    """Give the folder in which a job that was killed is taken up again; done, it is gone.
+
+    `job`: all that makes it this job. Asked for twice at once, the second works in a folder of
+    its own run, which no other takes up.
+    """
+    from filelock import Timeout
+
+    from endoprint import runs
+    from endoprint.lineage import git_state, hash_of
+
+    key = hash_of({**job, "seed": space.params.seed, "code": git_state(space.root)[0]})[:16]
+    place = space.local / "work"
+    place.mkdir(parents=True, exist_ok=True)
+    folder, lock = place / key, runs.lock_of(place / key)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        folder = place / run_id
+    folder.mkdir(exist_ok=True)
+    try:
+        yield folder
+        shutil.rmtree(folder)
+    finally:
+        lock.release()
 
 
 def both(first: Watch, second: Watch) -> Watch:
