@@ -16,11 +16,11 @@ from conftest import planted_cells
 from endoprint import artefact, curated, history, promotion, registry, tracking
 from endoprint.config import Refusal
 from endoprint.design import Split
+from endoprint.fetched import fetch
 from endoprint.models.logistic import Logistic, LogisticConfig
 from endoprint.promotion import Promotion, promote
 from endoprint.registry import (
     champion,
-    fetch,
     find,
     load_version,
     register,

@@ -9,21 +9,28 @@ from __future__ import annotations
 import hashlib
 import json
 import stat
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError, safe_open
 
 from endoprint.config import Refusal
 
 LOADER = "endoprint.model"  # installed code; the only module an artefact may name
 MODEL = "data/model"  # where the saved model stands inside the artefact
 DESCRIPTION = "MLmodel"
-DATA_ENDINGS = (".json", ".safetensors", ".txt", ".npz")  # what a model may write
+FOLDERS = ("data", MODEL)
+MEGABYTE = 10**6
+LARGEST = {  # bytes, by the endings of what a model may write; encoders of 0.3 billion weights fit
+    ".json": 200 * MEGABYTE,
+    ".safetensors": 8000 * MEGABYTE,
+}
+MOST_FILES = 32
 BESIDE = (  # what MLflow writes around it
     DESCRIPTION, "conda.yaml", "python_env.yaml", "requirements.txt", "registered_model_meta",
 )  # fmt: skip
-LARGEST_DESCRIPTION = 1_000_000  # bytes; a description of megabytes describes something else
+LARGEST_DESCRIPTION = MEGABYTE  # a description of megabytes describes something else
 
 
 def digest(folder: Path) -> str:
@@ -42,11 +49,10 @@ def digest(folder: Path) -> str:
 def check(artefact: Path, *, sha256: str) -> Path:
     """Return the folder of the saved model inside an artefact that is safe to load, or refuse.
 
-    Safe: plain files of known kinds in known places, a description that names this package's
-    loader and no code, and a model whose digest is `sha256`.
+    Safe: plain files of known kinds and sizes in known places, a description that names this
+    package's loader and no code, and a model whose digest is `sha256`.
     """
-    for path in sorted(artefact.rglob("*")):
-        _check_entry(path, artefact)
+    check_entries(artefact)
     _check_description(artefact / DESCRIPTION)
     model = artefact / MODEL
     found = digest(model)
@@ -56,24 +62,55 @@ def check(artefact: Path, *, sha256: str) -> Path:
             f"sha256 {found[:12]} where {sha256[:12]} was registered",
             "register it again from its run; ask who changed the artefact",
         )
+    for path in sorted(model.iterdir()):
+        _check_content(path)
     return model
 
 
-def _check_entry(path: Path, artefact: Path) -> None:
-    name = path.relative_to(artefact).as_posix()
-    mode = path.lstat().st_mode
-    in_model = name.startswith(f"{MODEL}/")
-    if stat.S_ISDIR(mode) and (name == "data" or name == MODEL or in_model):
+def check_entries(artefact: Path) -> None:
+    """Refuse an artefact on this machine that holds anything but plain files in their places."""
+    for n_seen, path in enumerate(artefact.rglob("*"), start=1):
+        name, state = path.relative_to(artefact).as_posix(), path.lstat()
+        is_folder = stat.S_ISDIR(state.st_mode)
+        if not is_folder and not stat.S_ISREG(state.st_mode):
+            raise _foreign(f"{name}, which is a link or no plain file")
+        check_entry(name, is_folder=is_folder, size=state.st_size, n_seen=n_seen)
+
+
+def check_entry(name: str, *, is_folder: bool, size: int, n_seen: int) -> None:
+    """Refuse one entry of an artefact, by its path inside, its bytes and how many came so far."""
+    if n_seen > MOST_FILES:
+        raise _foreign(f"more than {MOST_FILES} files")
+    if is_folder and name in FOLDERS:
         return
-    is_known = name in BESIDE or (in_model and path.suffix in DATA_ENDINGS)
-    if not stat.S_ISREG(mode) or not is_known:
+    ending = PurePosixPath(name).suffix
+    in_model = PurePosixPath(name).parent == PurePosixPath(MODEL) and ending in LARGEST
+    if is_folder or not (in_model or name in BESIDE):
+        raise _foreign(name)
+    if size > (LARGEST[ending] if in_model else LARGEST_DESCRIPTION):
+        raise _foreign(f"{name} of {size} bytes")
+
+
+def _foreign(got: str) -> Refusal:
+    return Refusal(
+        "a model's artefact holds weights and JSON only, of a model's size",
+        got,
+        f"train it again; allowed are {', '.join(LARGEST)} in {MODEL}",
+    )
+
+
+def _check_content(path: Path) -> None:
+    """Refuse a file that is not what its ending says, before a model reads it."""
+    try:
+        if path.suffix == ".json":
+            json.loads(path.read_text())
+        else:
+            with safe_open(path, framework="numpy") as weights:
+                weights.keys()
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise Refusal(
-            "a model's artefact holds weights and JSON only",
-            name,
-            f"train it again; allowed are {', '.join(DATA_ENDINGS)} under {MODEL}",
-        )
-    if name in BESIDE and path.stat().st_size > LARGEST_DESCRIPTION:
-        raise Refusal("a model's description is short", f"{name} of megabytes", "train it again")
+            "a model's files are whole", f"{path.name}: {error}"[:200], "train it again"
+        ) from None
 
 
 def _check_description(path: Path) -> None:

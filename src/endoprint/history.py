@@ -6,7 +6,6 @@ inserted line breaks the chain at that place.
 
 from __future__ import annotations
 
-import getpass
 import json
 import os
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from typing import Any
 from filelock import FileLock
 
 from endoprint.config import Refusal
+from endoprint.identity import login
 from endoprint.lineage import hash_of
 from endoprint.workspace import Workspace
 
@@ -43,7 +43,7 @@ def append(workspace: Workspace, what: str, said: Mapping[str, Any]) -> Line:
             **said,
             "n": len(lines) + 1,
             "at": datetime.now(UTC).isoformat(timespec="milliseconds"),
-            "who": _user(),
+            "who": login(),
             "what": what,
             "previous": lines[-1]["hash"] if lines else START,
         }
@@ -55,14 +55,18 @@ def append(workspace: Workspace, what: str, said: Mapping[str, Any]) -> Line:
     return line
 
 
+def text(workspace: Workspace) -> str:
+    """Return the history as written, without what follows the last newline: never finished."""
+    place = path(workspace)
+    whole, newline, _ = (place.read_text() if place.is_file() else "").rpartition("\n")
+    return whole + newline
+
+
 def read(workspace: Workspace) -> list[Line]:
     """Return all lines, oldest first; one that is not JSON is refused, a torn last one is not."""
     place = path(workspace)
-    if not place.is_file():
-        return []
-    whole = place.read_text().split("\n")[:-1]  # what follows the last newline was never finished
     try:
-        return [dict(json.loads(line)) for line in whole]
+        return [dict(json.loads(line)) for line in text(workspace).split("\n")[:-1]]
     except (ValueError, TypeError):
         raise Refusal(
             "the history holds one JSON record per line",
@@ -100,10 +104,3 @@ def _drop_torn_tail(place: Path) -> None:
     if content and not content.endswith(b"\n"):
         with place.open("r+b") as stream:
             stream.truncate(content.rfind(b"\n") + 1)
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
-        return str(os.getuid())

@@ -16,20 +16,21 @@ from typing import Any
 
 from anndata import AnnData
 
-from endoprint import gates, history, metrics, registry, tracking
+from endoprint import gates, history, metrics, registry, runs, tracking
+from endoprint.approvals import approval, verdict_of
 from endoprint.config import Refusal
 from endoprint.curated import fingerprint, load
 from endoprint.design import Split
-from endoprint.gates import Design, Evidence, Verdict
+from endoprint.fetched import fetch
+from endoprint.gates import Design, Evidence, Verdict, approved
 from endoprint.lineage import hash_of, metered
 from endoprint.model import ExposureModel
-from endoprint.model import load as load_model
 from endoprint.policy import Policy, read_policy
 from endoprint.registry import CANDIDATE, Version
+from endoprint.smoke import opened
 from endoprint.workspace import Workspace
 
-TIMINGS = 3  # the median of them is reported
-SLOW_SECONDS = 5.0  # a slower model is timed once: noise is small beside it
+TIMINGS = 3  # the median of them is what a model costs
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Promotion:
     champion: Version | None  # after the decision
     was_opened: bool  # whether this decision opened the test units
     figures: Mapping[str, Any]  # by model: test metrics and the figure of every unit
+    key: str = ""  # the question that was decided; "": the test units were not needed
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values: decision, reasons, checks, version, champion, figures."""
@@ -53,6 +55,7 @@ class Promotion:
             "champion_model": self.champion.model if self.champion else None,
             "was_opened": self.was_opened,
             "figures": dict(self.figures),
+            "key": self.key,
         }
 
 
@@ -79,13 +82,13 @@ def promote(
     if every rule that needs no test cell is met; each opening is counted before it happens.
     """
     policy = read_policy(workspace.policy)
+    tracking.sweep(workspace)  # a promoter that died may have left its run open
     with registry.lock(workspace):
         registry.recover(workspace)
         version_of, model = registry.load_version(workspace, version or CANDIDATE)
         live = registry.champion(workspace)
         if live is not None and live.version == version_of.version:
-            verdict = Verdict("promote", [f"{live.label} is the champion already"], [])
-            return Promotion(verdict, version_of, live, False, {})
+            return _standing(workspace, live, policy)
         if live is not None and live.sha256 == version_of.sha256:
             said = f"{version_of.label} is {live.label} to the byte, which is live: none to judge"
             promotion = Promotion(Verdict("hold", [said], []), version_of, live, False, {})
@@ -100,14 +103,24 @@ def promote(
         design = _design(workspace, held_out, split, audit)
         held_out.obs["independent"] = _independent(held_out, split)
         promotion = _decided(workspace, version_of, candidate, champion, policy, design, held_out)
+        verdict = approved(promotion.verdict, policy, approval(workspace, promotion.key))
+        promotion = replace(promotion, verdict=verdict, champion=live)
         _record(workspace, promotion, policy)
-        if promotion.verdict.decision == "promote":
-            why = promotion.verdict.reasons[0]
-            registry.flip(workspace, version_of, expected=live, why=why)
+        if verdict.decision == "promote":
+            registry.flip(workspace, version_of, expected=live, why=verdict.reasons[0])
             promotion = replace(promotion, champion=version_of)
-        else:
-            promotion = replace(promotion, champion=live)
     return promotion
+
+
+def _standing(workspace: Workspace, live: Version, policy: Policy) -> Promotion:
+    """Return the verdict that made a version live, however often it is asked for again."""
+    made = verdict_of(workspace, live.version)
+    if made is None or made["verdict"]["decision"] != "promote":
+        verdict = Verdict("promote", [f"{live.label} is the champion already"], [])
+        return Promotion(verdict, live, live, False, {})
+    verdict, said = Verdict.from_json(made["verdict"]), approval(workspace, made["key"])
+    verdict = approved(verdict, policy, said) if said else verdict
+    return Promotion(verdict, live, live, False, made["figures"], made["key"])
 
 
 def _decided(
@@ -126,16 +139,23 @@ def _decided(
         {
             "models": [each.sha256 for each in contenders],
             "has_champion": champion is not None,
-            "policy": policy.model_dump(mode="json"),
+            # who has to agree is no part of what the units say
+            "policy": policy.model_dump(mode="json", exclude={"approval"}),
             "design": [design.split_hash, design.is_confounded, design.is_replicated],
             # other counts of the same units are another question
             "cells": fingerprint(held_out),
         }
     )
-    earlier = [line for line in history.read(workspace) if line.get("key") == key]
+    earlier = [
+        line
+        for line in history.read(workspace)
+        if line["what"] == "verdict" and line.get("key") == key
+    ]
     if earlier:
         verdict = Verdict.from_json(earlier[-1]["verdict"])
-        return Promotion(verdict, version, None, False, earlier[-1]["figures"])
+        return Promotion(verdict, version, None, False, earlier[-1]["figures"], key)
+    n_openings = openings(workspace, design.split_hash, design.held_out, but=key)
+    design = replace(design, n_openings=n_openings)
     against = champion.evidence if champion else None
     known = {name: found.evidence for name, found in baselines.items()}
     admission = gates.admit(candidate.evidence, against, known, policy, design)
@@ -143,6 +163,7 @@ def _decided(
         return Promotion(Verdict.of(admission), version, None, False, {})
     # counted first: a crash while they are open has opened them all the same
     told = {
+        "key": key,
         "split_hash": design.split_hash,
         "version": version.version,
         "test_units": sorted(design.held_out),
@@ -163,9 +184,10 @@ def _decided(
         }
         for each in contenders
     }
-    said = {**told, "key": key, "verdict": verdict.to_json(), "figures": figures}
-    registry.tell(workspace, "verdict", said)
-    return Promotion(verdict, version, None, True, figures)
+    live = registry.champion(workspace)
+    said = {"champion": live.version if live else None, "verdict": verdict.to_json()}
+    registry.tell(workspace, "verdict", {**told, **said, "figures": figures})
+    return Promotion(verdict, version, None, True, figures, key)
 
 
 def _plain(figures: Mapping[str, float]) -> dict[str, float | None]:
@@ -214,8 +236,8 @@ def _baselines(workspace: Workspace, candidate: Evidence, policy: Policy) -> dic
         if name == candidate.model or runs.empty:
             continue
         address, sha256 = f"models:/{runs['model_id'].iloc[0]}", str(runs["model_sha256"].iloc[0])
-        model = load_model(registry.fetch(workspace, address, sha256=sha256))
         label = f"{name} (baseline)"
+        model = opened(fetch(workspace, address, sha256=sha256), label)
         found[name] = Contender(model, _known(model, label, candidate.split_hash), sha256)
     return found
 
@@ -243,7 +265,7 @@ def _design(
         test_units=tuple(independent),
         is_confounded=audit["confounded"],
         is_replicated=bool(audit["replicated"]) and not split.is_technical,
-        n_openings=openings(workspace, split.hash, held),
+        n_openings=0,  # counted once it is known which question is asked
         held_out=frozenset(held),
         doubts=(f"the count of openings is in doubt: {'; '.join(wrong)}",) if wrong else (),
     )
@@ -254,33 +276,37 @@ def _independent(held_out: AnnData, split: Split) -> list[str]:
     return [str(name) for name in held_out.obs["line" if split.scheme == "line" else "unit"]]
 
 
-def openings(workspace: Workspace, split_hash: str, units: Set[str] = frozenset()) -> int:
+def openings(
+    workspace: Workspace, split_hash: str, units: Set[str] = frozenset(), *, but: str = ""
+) -> int:
     """Return how often the test units of a split, or any of `units`, were opened.
 
-    Other folds over the same test units are another split, and no new test units.
+    Other folds over the same test units are another split, and no new test units. One question
+    asked again, after a crash, is one opening: it has one answer. `but`: the question's own key.
     """
-    return sum(
-        line["what"] == "open"
-        and (line["split_hash"] == split_hash or bool(units & set(line.get("test_units", ()))))
+    opened = [
+        line.get("key") or line["hash"]
         for line in history.read(workspace)
-    )
+        if line["what"] == "open"
+        and (line["split_hash"] == split_hash or bool(units & set(line.get("test_units", ()))))
+    ]
+    return len(set(opened) - {but})
 
 
 # -- the test units -----------------------------------------------------------------------------
 def _judged(contender: Contender, held_out: AnnData, policy: Policy) -> Evidence:
     """Score a model on the test cells and say how good and how dear it was."""
     truth, unit = held_out.obs["exposure"].astype(str), held_out.obs["independent"].astype(str)
-    with metered() as meter:
-        probabilities = contender.model.predict_proba(held_out)
-    seconds = [meter.cost.wall_seconds]
-    while len(seconds) < TIMINGS and seconds[0] < SLOW_SECONDS:
-        with metered() as again:
-            contender.model.predict_proba(held_out)
-        seconds.append(again.cost.wall_seconds)
+    costs = []
+    for _ in range(TIMINGS):
+        with metered() as meter:
+            probabilities = contender.model.predict_proba(held_out)
+        costs.append(meter.cost)
+    seconds = statistics.median(cost.wall_seconds for cost in costs)
     figures = {
         **metrics.summary(probabilities, truth, unit),
-        "score_seconds_per_1000_cells": 1000 * statistics.median(seconds) / int(held_out.n_obs),
-        "peak_memory_gib": meter.cost.peak_memory_gib,
+        "score_seconds_per_1000_cells": 1000 * seconds / int(held_out.n_obs),
+        "peak_memory_gib": statistics.median(cost.peak_memory_gib for cost in costs),
     }
     each = metrics.by_unit(probabilities, truth, unit)[policy.must_beat_champion.metric]
     by_unit = {str(name): float(value) for name, value in each.items()}
@@ -289,23 +315,28 @@ def _judged(contender: Contender, held_out: AnnData, policy: Policy) -> Evidence
 
 # -- the record ---------------------------------------------------------------------------------
 def _record(workspace: Workspace, promotion: Promotion, policy: Policy) -> None:
-    """Keep the verdict on the version as tags, and with its figures as a run."""
+    """Keep the verdict on the version as tags, and with its figures as a run, once."""
     verdict, version = promotion.verdict, promotion.version
     told = {
         "verdict": verdict.decision,
         "reasons": "; ".join(verdict.reasons),
         "policy_hash": hash_of(policy.model_dump(mode="json")),
         "allow_few_units": str(policy.allow_few_units).lower(),
+        "confounded_rule": policy.confounded,
+        "approval_rule": policy.approval,
     }
     store = tracking.client(workspace)
     for key, value in told.items():
         store.set_model_version_tag(version.name, version.version, key, value)
+    known = {"version": version.version, "verdict": verdict.decision, "verdict_key": promotion.key}
+    if promotion.key and runs.finished(workspace, "promote", known):
+        return  # a crash came after it
     with tracking.run(
         workspace,
         name=f"promote {version.label}",
         kind="promote",
         model=version.model,
-        tags={**told, "version": version.version, "was_opened": promotion.was_opened},
+        tags={**told, **known, "was_opened": promotion.was_opened},
     ) as run:
         run.record("verdict", promotion.to_json())
         own = promotion.figures.get(version.label, {"metrics": {}})

@@ -7,9 +7,7 @@ Versions stand under the registered model `endoprint-<task>`. `@candidate` is th
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,15 +16,17 @@ from typing import Any
 
 import mlflow
 from filelock import FileLock
-from mlflow.artifacts import download_artifacts
 
-from endoprint import artefact, history, runs, tracking
+from endoprint import history, runs, tracking
 from endoprint.config import Refusal
+from endoprint.fetched import fetch
 from endoprint.lineage import Lineage
-from endoprint.model import ExposureModel, load
+from endoprint.model import ExposureModel
+from endoprint.smoke import opened
 from endoprint.workspace import Workspace
 
 HEAD = "history_head"  # tag of the registered model: the hash of the newest line of its history
+LONGEST_DESCRIPTION = 5000  # letters; the column is no wider (MLflow's SQL store)
 CHAMPION, CANDIDATE, PREVIOUS = "champion", "candidate", "previous"
 ADDRESS = re.compile(r"models:/(?P<name>[\w.-]+)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+))")
 
@@ -98,15 +98,40 @@ def register(workspace: Workspace, run_id: str) -> Version:
         else:
             _make_registered_model(store, name)
             said["lineage"] = lineage.model_dump_json()
+            said |= {"trainer": tags["trainer"]} if "trainer" in tags else {}
             with tracking.ambient(workspace):
                 made = store.create_model_version(
                     name, source=f"models:/{tags['model_id']}", run_id=run_id, tags=said
                 )
             found = _version(made)
-            told = {"version": found.version, "run_id": run_id, "sha256": found.sha256}
-            tell(workspace, "register", told)
-        store.set_registered_model_alias(name, CANDIDATE, found.version)
+        _tell_registered(workspace, found)
+        stood = _by_alias(store, name, CANDIDATE)
+        if stood is None or stood.version != found.version:
+            tell(workspace, "candidate", {"version": found.version})
+            store.set_registered_model_alias(name, CANDIDATE, found.version)
     return found
+
+
+def _tell_registered(workspace: Workspace, version: Version) -> None:
+    """Write that a version was made, unless it was told: a crash may have come between."""
+    lines = history.read(workspace)
+    if any(line["what"] == "register" and line["version"] == version.version for line in lines):
+        return
+    told = {"version": version.version, "run_id": version.run_id, "sha256": version.sha256}
+    tell(workspace, "register", told)
+
+
+def describe(workspace: Workspace, version: Version, text: str) -> None:
+    """Show a version's card as its description, and keep it with the run it comes from."""
+    store = tracking.client(workspace)
+    place = f"cards/version-{version.version}.md"
+    if len(text) > LONGEST_DESCRIPTION:
+        shown = text[: LONGEST_DESCRIPTION - 100].rpartition("\n")[0]
+        shown += f"\n\n(The rest is in {place} of run {version.run_id}.)\n"
+    else:
+        shown = text
+    store.update_model_version(version.name, version.version, description=shown)
+    store.log_text(version.run_id, text, place)
 
 
 def _make_registered_model(store: mlflow.MlflowClient, name: str) -> None:
@@ -158,6 +183,15 @@ def champion(workspace: Workspace) -> Version | None:
     return _by_alias(tracking.client(workspace), workspace.experiment, CHAMPION)
 
 
+def aliases(workspace: Workspace) -> dict[str, str]:
+    """Return alias -> the number of the version it names now, whoever made that version."""
+    try:
+        found = tracking.client(workspace).get_registered_model(workspace.experiment)
+    except mlflow.MlflowException:
+        return {}
+    return {alias: str(version) for alias, version in found.aliases.items()}
+
+
 def versions(workspace: Workspace, name: str = "") -> list[Version]:
     """Return every version of a registered model, newest first."""
     name = name or workspace.experiment
@@ -173,40 +207,7 @@ def resolve(workspace: Workspace, uri: str = CHAMPION) -> tuple[Version, Path]:
 def load_version(workspace: Workspace, uri: str = CHAMPION) -> tuple[Version, ExposureModel]:
     """Return the version an address means and its model, loaded after every check."""
     found, folder = resolve(workspace, uri)
-    return found, load(folder)
-
-
-def fetch(workspace: Workspace, address: str, *, sha256: str) -> Path:
-    """Bring a logged model here and return its folder, checked (`artefact.check`) every time.
-
-    `address` is one that MLflow resolves (`models:/...`). Nothing of an artefact that fails a
-    check stays here, and nothing of it was run.
-    """
-    if not re.fullmatch(r"[0-9a-f]{64}", sha256):
-        raise Refusal("a version carries its sha256", repr(sha256), "register it again")
-    kept = workspace.local / "models" / sha256
-    if kept.is_dir():
-        try:
-            return artefact.check(kept, sha256=sha256)
-        except Refusal:  # changed here since it was brought; the store's copy decides
-            shutil.rmtree(kept)
-    beside = kept.with_name(f".{sha256}.{os.getpid()}.part")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    try:
-        with tracking.ambient(workspace):
-            download_artifacts(artifact_uri=address, dst_path=str(beside))
-        artefact.check(beside, sha256=sha256)
-        with FileLock(kept.with_suffix(".lock")):
-            if not kept.is_dir():
-                os.replace(beside, kept)
-    except (mlflow.MlflowException, OSError) as error:
-        raise Refusal(
-            "a version's artefact can be fetched", str(error)[:200], "register it again"
-        ) from None
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    return artefact.check(kept, sha256=sha256)
+    return found, opened(folder, found.label)
 
 
 def _versions(store: mlflow.MlflowClient, name: str, asked: str) -> list[Version]:
@@ -297,6 +298,12 @@ def flip(workspace: Workspace, to: Version, *, expected: Version | None, why: st
     tell(workspace, "done", told)
 
 
+def settle(workspace: Workspace) -> str | None:
+    """Close what a crash left open, before anything is asked or done; see `recover`."""
+    with lock(workspace):
+        return recover(workspace)
+
+
 def recover(workspace: Workspace) -> str | None:
     """Close a flip that a crash left open; return what became of it. Called under `lock`."""
     lines = [line for line in history.read(workspace) if line["what"] in OPENS | CLOSES]
@@ -313,11 +320,11 @@ OPENS, CLOSES = {"intent"}, {"done", "abandoned"}
 
 
 def rollback(workspace: Workspace, version: str = "") -> Version:
-    """Make an earlier champion live again (`@previous` unless told), loading it first."""
+    """Make an earlier champion live again (`@previous` unless told), once it loads and answers."""
     with lock(workspace):
         recover(workspace)
         now = champion(workspace)
-        target, _ = load_version(workspace, version or PREVIOUS)
+        target, _ = load_version(workspace, version or PREVIOUS)  # loads it and lets it answer
         were = {line["to"] for line in history.read(workspace) if line["what"] == "done"}
         if target.version not in were or (now and now.version == target.version):
             raise Refusal(
