@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from conftest import planted_cells
-from endoprint import curated, tokens
+from endoprint import curated, ranks, tokens
 from endoprint.config import Refusal
 from endoprint.tokens import Vocabulary, of, tokenize_file
 
@@ -87,6 +87,32 @@ def test_tokens_are_the_definition_s_at_real_size():
     cells = counted(rng.poisson(rng.gamma(0.3, 3, n), (30, n)), known.genes)
 
     assert lists(of(cells, known)) == by_hand(cells, known)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.int64, np.uint16])
+@pytest.mark.parametrize("n_cells", [4, 400])  # too few deep cells for new places, and enough
+def test_large_counts_are_ranked_as_small_ones_are(monkeypatch, kind, n_cells):
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(ranks, "LARGEST_PLACED", 200)
+    known = vocabulary([0.3, 0.1 + 0.2, 1.0, 1.0, 2.0, 1 / 3, 7e-7, 634.3, 17, 34, 51, 68])
+    counts = rng.integers(0, 4, (400, 12)) * rng.choice([1, 17, 25, 100, 900, 16384], (400, 12))
+    counts[n_cells:] = rng.integers(0, 3, (400 - n_cells, 12))
+    cells = counted(counts)
+    expected = by_hand(cells, known)
+    cells.X = cells.X.astype(kind)
+
+    made = of(cells, known)
+
+    assert lists(made) == expected
+    assert made.coverage["n_genes"].tolist() == (counts > 0).sum(axis=1).tolist()
+
+
+def test_a_count_beyond_all_reason_is_ranked_first():
+    cells = counted([[1, 2, 3], [3, 2, 1]])
+    cells.X = cells.X.astype(np.float64)
+    cells.X.data[1] = 1e300
+
+    assert lists(of(cells, vocabulary([1.0, 1.0, 1.0]))) == [[2, 5, 6, 4, 3], [2, 4, 5, 6, 3]]
 
 
 def test_keys_that_differ_only_in_float64_are_not_ties():
@@ -242,6 +268,22 @@ def test_no_cells_have_no_tokens():
     assert len(made) == 0
     assert made.values.dtype == np.int32
     assert made.offsets.tolist() == [0]
+
+
+def test_a_report_counts_what_single_cells_do(tmp_path):
+    # genes and tiny medians come from the ranking there, and from the matrix here
+    known = vocabulary([7e-7, 0.3, 0.04, 1.0, 2.0, 3.0], max_length=5)
+    cells = counted(np.random.default_rng(0).poisson(0.4, (300, 6)) * 40)
+    cells.var_names = [*known.genes[:3], "ALIAS", *known.genes[4:]]  # two columns of one gene
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+
+    made = tokenize_file(tmp_path / "cells.h5ad", tmp_path / "out", known, minibatch=64)
+    coverage = of(cells, known).coverage
+
+    assert made.n_empty == int(coverage["is_empty"].sum()) > 0
+    assert made.n_cells_with_tiny_medians == int((coverage["n_tiny_medians"] > 0).sum())
+    assert made.n_cut == int((coverage["n_genes"] > 3).sum()) > 0
+    assert made.n_summed == 1
 
 
 def test_genes_with_tiny_medians_are_counted_per_cell():

@@ -1,8 +1,9 @@
 """From counts to ranked tokens, fast and exact: highest count over median first.
 
-Each gene of a cell becomes one 64-bit integer: the leading bits of its key above, its token
-below. Sorting integers is what processors do best (numpy uses their vector units), and ties fall
-by token id on their own. What the leading bits can not tell apart is compared again in full.
+Counts are small whole numbers, so cells hold few different pairs of gene and count. All pairs up
+to some count of each gene are put in order once, by keys in float64 and then by token, and the
+place of a pair in that order is one int32. To rank a cell is to look up its places and to sort
+them, which is what processors do best (numpy uses their vector units).
 """
 
 from __future__ import annotations
@@ -22,142 +23,168 @@ from endoprint.vocabulary import TINY_MEDIAN, Vocabulary
 Array = np.ndarray[Any, np.dtype[Any]]
 
 STRETCH = 1 << 15  # entries at a time: their working arrays stay in a core's cache
+LEAST_PLACES = 16  # counts of every gene that have a place from the start
+LARGEST_PLACED = 1 << 13  # a larger count never gets one
+MOST_PLACES = 1 << 21  # in all, 100 MB while put in order; cells from droplets need half a million
+SLOW_SHARE = 0.01  # of cells ranked without places before more are given
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """Tokens of many cells, one cell after the other."""
+
+    tokens: Array  # int32
+    lengths: Array  # int64 (n,), specials included
+    n_genes: Array  # int64 (n,), before the cut
+    n_tiny: Array  # int64 (n,), of those with a tiny median
 
 
 class Ranker:
     """Ranks the genes of cells whose matrix has given tokens as columns.
 
     `tokens` int32 (G,): the token of each column, -1 for none; no token twice.
+
+    A pair's slot in the table of places is `bases[column] + count`. Slots of count 0, and the last
+    of all, hold the place behind every gene; unknown columns have the last, whatever they count.
     """
 
     def __init__(self, tokens: Array, vocabulary: Vocabulary) -> None:
         n_specials = len(vocabulary.specials)
         is_known = tokens >= 0
-        # Columns without a token are divided by infinity: their key is 0, below every gene's.
+        self._tokens = tokens
         self._median = np.full(len(tokens), np.inf)
         self._median[is_known] = vocabulary.medians[tokens[is_known] - n_specials]
-        self._token = np.where(is_known, tokens, 0).astype(np.int64)
         self.is_known = is_known.astype(np.float32)
         self.is_tiny = (self._median < TINY_MEDIAN).astype(np.float32)
+        self._is_tiny = np.zeros(len(vocabulary), dtype=bool)  # by token
+        self._is_tiny[n_specials:] = vocabulary.medians < TINY_MEDIAN
         self._head = [] if vocabulary.cls_id is None else [vocabulary.cls_id]
         self._tail = [] if vocabulary.eos_id is None else [vocabulary.eos_id]
         self.room = vocabulary.max_length - len(self._head) - len(self._tail)
-        self._token_bits = (len(vocabulary) - 1).bit_length()
-        # the smallest key there can be: one count of the gene with the largest median
-        self._lowest = int(np.float64(1.0 / vocabulary.medians.max()).view(np.int64))
-        self._median_of_token = np.concatenate([np.zeros(n_specials), vocabulary.medians])
-        self._key_of_token = np.zeros(len(vocabulary))
-        self._make_room(0)
+        self._genes = np.flatnonzero(is_known)  # columns, in the order of their tokens
+        self._genes = self._genes[np.argsort(tokens[self._genes])]
+        self._put_in_order(np.full(len(self._genes), LEAST_PLACES))
 
-    def rank(self, data: Array, indices: Array, indptr: Array) -> tuple[Array, Array] | None:
-        """Return (tokens of all cells int32, tokens per cell int64) of CSR arrays.
+    def _put_in_order(self, most: Array) -> None:
+        """Give every gene's counts from 1 to `most` their places."""
+        ends = np.cumsum(most + 1)
+        starts = ends - most - 1
+        gene = np.repeat(np.arange(len(most)), most)
+        count = np.arange(1, len(gene) + 1) - np.repeat(np.cumsum(most) - most, most)
+        # float64: in float32, neighbours that are not ties swap in 0.2-1 % of real cells, and in
+        # 16 % of deep ones (measured), for count/median of two genes may differ in the 8th digit.
+        key = -(count / self._median[self._genes][gene])
+        order = np.argsort(key)
+        sorted_key = key[order]
+        is_tie = np.concatenate([[False], sorted_key[1:] == sorted_key[:-1], [False]])
+        ties = np.flatnonzero(is_tie[1:] | is_tie[:-1])
+        # few: by token, as a stable sort of all would have them at four times the cost
+        order[ties] = order[ties][np.lexsort((gene[order[ties]], sorted_key[ties]))]
+        self._behind = np.int32(len(order))  # of the places' own type: else searches convert them
+        self._places = np.full(int(ends[-1]) + 1, self._behind, dtype=np.int32)
+        self._places[(starts[gene] + count)[order]] = np.arange(len(order), dtype=np.int32)
+        self._token_at = np.append(self._tokens[self._genes][gene][order], np.int32(0))
+        tiny = np.flatnonzero(self._is_tiny[self._token_at[:-1]])
+        self._end_of_tiny = int(tiny[-1]) + 1 if len(tiny) else 0
+        # float32 adds slots to counts exactly: both are below 2^24
+        self._bases = np.full(len(self._tokens), ends[-1], dtype=np.float32)
+        self._bases[self._genes] = starts
+        self._most = np.full(len(self._tokens), np.inf, dtype=np.float32)
+        self._most[self._genes] = most
 
-        None where the data are no raw counts. Stored zeros are not expressed. A column stands at
-        most once in a cell.
+    def rank(self, data: Array, indices: Array, indptr: Array) -> Ranked | None:
+        """Rank the cells of CSR arrays; None where the data are no raw counts.
+
+        Stored zeros are not expressed. A column stands at most once in a cell.
         """
+        if not _are_counts(data):
+            return None
+        slow = self._without_places(data, indices, indptr)
         n_cells, n_head, n_tail = len(indptr) - 1, len(self._head), len(self._tail)
         entries = np.minimum(np.diff(indptr), self.room)
         out = np.empty(int(entries.sum()) + n_cells * (n_head + n_tail), dtype=np.int32)
-        lengths = np.empty(n_cells, dtype=np.int64)
+        lengths, n_genes, n_tiny = (np.zeros(n_cells, np.int64) for _ in range(3))
         filled, cell = 0, 0
         while cell < n_cells:
             start = int(indptr[cell])
             stop_cell = int(np.searchsorted(indptr, start + STRETCH, side="right")) - 1
             stop_cell = min(max(stop_cell, cell + 1), n_cells)
-            stop = int(indptr[stop_cell])
             bounds = (indptr[cell : stop_cell + 1] - start).tolist()
-            if not self._pack(data[start:stop], indices[start:stop]):
-                return None
-            for ranked in self._sort(bounds):
-                end = filled + n_head + len(ranked) + n_tail
+            part = slice(start, int(indptr[stop_cell]))
+            places = self._look_up(data[part], indices[part])
+            for first, last in zip(bounds[:-1], bounds[1:]):
+                places[first:last].sort()
+            ranked = self._token_at.take(places)
+            if self._end_of_tiny:
+                early = np.flatnonzero(places < self._end_of_tiny)
+                tiny = early[self._is_tiny[ranked[early]]]
+                n_tiny[cell:stop_cell] = np.diff(tiny.searchsorted(bounds))
+            for first, last in zip(bounds[:-1], bounds[1:]):
+                tokens = ranked[first:last]
+                n = int(places[first:last].searchsorted(self._behind))
+                if cell in slow:
+                    here = slice(start + first, start + last)
+                    tokens = self._by_definition(data[here], indices[here])
+                    n, n_tiny[cell] = len(tokens), self._is_tiny[tokens].sum()
+                end = filled + n_head + min(n, self.room) + n_tail
                 out[filled : filled + n_head] = self._head
-                out[filled + n_head : end - n_tail] = ranked
+                out[filled + n_head : end - n_tail] = tokens[: min(n, self.room)]
                 out[end - n_tail : end] = self._tail
-                lengths[cell] = end - filled
+                n_genes[cell], lengths[cell] = n, end - filled
                 filled, cell = end, cell + 1
-        return out[:filled], lengths
+        return Ranked(out[:filled], lengths, n_genes, n_tiny)
 
-    def _make_room(self, n: int) -> None:
-        self._keys_buffer = np.empty(n)
-        self._packed_buffer = np.empty(n, dtype=np.int64)
-        self._tokens_buffer = np.empty(n, dtype=np.int64)
+    def _look_up(self, data: Array, indices: Array) -> Array:
+        """Return the place of each entry, int32."""
+        slots = self._bases.take(indices, mode="clip")
+        # what counts too much for a place is ranked by definition, whatever it finds here
+        with np.errstate(over="ignore", invalid="ignore"):
+            slots += data
+            places: Array = self._places.take(slots.astype(np.intp), mode="clip")
+        return places
 
-    def _pack(self, data: Array, indices: Array) -> bool:
-        """Fill `_packed`: ascending order is descending key, then ascending token."""
-        n = len(data)
-        if n > len(self._keys_buffer):
-            self._make_room(max(n, STRETCH))
-        keys, packed = self._keys_buffer[:n], self._packed_buffer[:n]
-        tokens = self._tokens_buffer[:n]
-        if n and not _are_counts(data, keys.view(data.dtype)[:n]):
+    def _without_places(self, data: Array, indices: Array, indptr: Array) -> set[int]:
+        """Return the cells with a count that has no place, having given more places if it pays."""
+        cells = np.empty(0, dtype=np.int64)
+        # few counts are large, and only those need a closer look
+        large = np.flatnonzero(data > LEAST_PLACES)
+        for _ in range(2):
+            entries = large[data[large] > self._most[indices[large]]]
+            cells = np.unique(np.searchsorted(indptr, entries, side="right") - 1)
+            if len(cells) <= SLOW_SHARE * len(indptr):
+                break
+            if not self._give_places(indices[entries], data[entries]):
+                break
+        return set(cells.tolist())
+
+    def _give_places(self, columns: Array, counts: Array) -> bool:
+        """Give places to counts seen and up to twice as large; False if there are too many."""
+        is_placed = counts <= LARGEST_PLACED
+        most = self._most.astype(np.float64)
+        np.maximum.at(most, columns[is_placed], 2.0 * counts[is_placed])
+        if not is_placed.any() or most[self._genes].sum() > MOST_PLACES:
             return False
-        # float64: in float32, neighbours that are not ties swap in 0.2-1 % of real cells, and in
-        # 16 % of deep ones (measured), for count/median of two genes may differ in the 8th digit.
-        np.take(self._median, indices, out=keys, mode="clip")
-        np.divide(data, keys, out=keys)
-        # The bits of positive floats are ordered as the floats are.
-        bits = keys.view(np.int64)
-        highest = max(int(bits.max()), self._lowest) if n else self._lowest
-        self._shift = max(0, (highest - self._lowest).bit_length() - (62 - self._token_bits))
-        beyond = ((highest - self._lowest) >> self._shift) + 1  # where key 0 goes
-        np.subtract(highest, bits, out=packed)
-        np.right_shift(packed, self._shift, out=packed)
-        np.minimum(packed, beyond, out=packed)
-        np.left_shift(packed, self._token_bits, out=packed)
-        np.take(self._token, indices, out=tokens, mode="clip")
-        np.bitwise_or(packed, tokens, out=packed)
-        self._end = beyond << self._token_bits
-        self._keys, self._tokens, self._packed = keys, tokens, packed
+        self._put_in_order(most[self._genes].astype(np.int64))
         return True
 
-    def _sort(self, bounds: list[int]) -> list[Array]:
-        """Return the ranked tokens of each cell of the stretch, cut to the room there is."""
-        packed = self._packed
-        n_genes = []
-        for start, stop in zip(bounds[:-1], bounds[1:]):
-            cell = packed[start:stop]
-            cell.sort()
-            n_genes.append(int(cell.searchsorted(self._end)))
-        if self._shift:
-            self._settle(np.array(bounds), n_genes)
-        packed &= (1 << self._token_bits) - 1
-        return [
-            packed[start : start + min(n, self.room)] for start, n in zip(bounds[:-1], n_genes)
-        ]
-
-    def _settle(self, bounds: Array, n_genes: list[int]) -> None:
-        """Rank again, by full keys, every cell where equal leading bits hid unequal keys."""
-        packed = self._packed
-        mask = (1 << self._token_bits) - 1
-        alike = packed[1:] ^ packed[:-1] <= mask
-        places = np.flatnonzero(alike) + 1  # each with its predecessor
-        upper, lower = packed[places - 1], packed[places]
-        # Where medians are equal the keys are: unequal counts would differ in the leading bits.
-        same_median = self._median_of_token[upper & mask] == self._median_of_token[lower & mask]
-        doubtful = ~same_median & (lower < self._end)
-        places = places[doubtful]
-        if not len(places):
-            return
-        cells = np.searchsorted(bounds, places, side="right") - 1
-        for cell in np.unique(cells):
-            start, stop = bounds[cell], bounds[cell + 1]
-            tokens, keys = self._tokens[start:stop], self._keys[start:stop]
-            self._key_of_token[tokens] = keys
-            here = places[(cells == cell) & (places > start)]
-            upper, lower = packed[here - 1] & mask, packed[here] & mask
-            if (self._key_of_token[upper] != self._key_of_token[lower]).any():
-                order = np.lexsort((tokens, -keys))[: n_genes[cell]]
-                packed[start : start + n_genes[cell]] = tokens[order]
+    def _by_definition(self, data: Array, indices: Array) -> Array:
+        """Return the ranked tokens of one cell, whatever it counts."""
+        is_gene = (data > 0) & (self._tokens[indices] >= 0)
+        tokens = self._tokens[indices[is_gene]]
+        keys = data[is_gene] / self._median[indices[is_gene]]
+        ranked: Array = tokens[np.lexsort((tokens, -keys))]
+        return ranked
 
 
-def _are_counts(data: Array, room: Array) -> bool:
-    """Whether all are finite whole numbers from zero; `room` is of the same type and length."""
-    if not (data.min() >= 0 and data.max() < np.inf):  # also false for NaN
-        return False
-    if np.issubdtype(data.dtype, np.integer):
-        return True
-    np.rint(data, out=room)
-    return bool((room == data).all())
+def _are_counts(data: Array) -> bool:
+    """Whether all are finite whole numbers from zero."""
+    for start in range(0, len(data), STRETCH):
+        part = data[start : start + STRETCH]
+        if not (part.min() >= 0 and part.max() < np.inf):  # also false for NaN
+            return False
+        if part.dtype.kind == "f" and not (np.rint(part) == part).all():
+            return False
+    return True
 
 
 # -- one matrix ---------------------------------------------------------------------------------
@@ -212,8 +239,8 @@ class Columns:
             "genes_sha256": self.genes_sha256,
         }
 
-    def rank(self, counts: sparse.csr_matrix) -> tuple[Array, Array]:
-        """Return (tokens of all cells, tokens per cell)."""
+    def rank(self, counts: sparse.csr_matrix) -> Ranked:
+        """Rank the genes of every cell."""
         merged = counts if self.collapse is None else sparse.csr_matrix(counts @ self.collapse)
         ranked = self.ranker.rank(merged.data, merged.indices, merged.indptr)
         if ranked is None:
@@ -222,22 +249,25 @@ class Columns:
             raise Refusal("the matrix must hold raw counts", "other values", "give raw counts")
         return ranked
 
-    def coverage(self, counts: sparse.csr_matrix) -> dict[str, Array]:
-        """Return the columns of `Tokens.coverage`, and `n_counts` summed over all columns."""
+    def coverage(
+        self, counts: sparse.csr_matrix, ranked: Ranked | None = None
+    ) -> dict[str, Array]:
+        """Return the columns of `Tokens.coverage`, and `n_counts` summed over all columns.
+
+        `ranked`: of the same counts, if there is one; it spares a look at them.
+        """
+        is_filled = np.diff(counts.indptr) > 0
+        n_counts = np.zeros(counts.shape[0])
+        if is_filled.any():
+            n_counts[is_filled] = np.add.reduceat(counts.data, counts.indptr[:-1][is_filled])
         # in the counts' own type: scipy would copy a matrix to multiply it with another
         kind = counts.dtype if counts.dtype.kind == "f" else np.dtype(np.float64)
-        n_counts = (counts @ np.ones(counts.shape[1], dtype=kind)).astype(np.float64)
         n_inside = counts @ (self.tokens >= 0).astype(kind)
         with np.errstate(invalid="ignore"):  # infinite counts: refused where they are ranked
             share = np.divide(n_inside, n_counts, out=np.zeros(len(n_counts)), where=n_counts > 0)
-        merged = counts if self.collapse is None else sparse.csr_matrix(counts @ self.collapse)
-        is_seen = sparse.csr_matrix(
-            ((merged.data > 0).astype(np.float32), merged.indices, merged.indptr), merged.shape
+        n_genes, n_tiny = (
+            (ranked.n_genes, ranked.n_tiny) if ranked is not None else self._seen(counts)
         )
-        n_genes = (is_seen @ self.ranker.is_known).astype(np.int64)
-        n_tiny = np.zeros_like(n_genes)
-        if self.ranker.is_tiny.any():
-            n_tiny = (is_seen @ self.ranker.is_tiny).astype(np.int64)
         return {
             "share": share,
             "n_genes": n_genes,
@@ -245,6 +275,16 @@ class Columns:
             "is_empty": n_genes == 0,
             "n_counts": n_counts,
         }
+
+    def _seen(self, counts: sparse.csr_matrix) -> tuple[Array, Array]:
+        """Return genes of the vocabulary per cell, and those of them with a tiny median."""
+        merged = counts if self.collapse is None else sparse.csr_matrix(counts @ self.collapse)
+        is_seen = sparse.csr_matrix(
+            ((merged.data > 0).astype(np.float32), merged.indices, merged.indptr), merged.shape
+        )
+        n_genes: Array = (is_seen @ self.ranker.is_known).astype(np.int64)
+        n_tiny: Array = (is_seen @ self.ranker.is_tiny).astype(np.int64)
+        return n_genes, n_tiny
 
 
 def as_csr(values: Any) -> sparse.csr_matrix:

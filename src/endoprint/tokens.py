@@ -34,7 +34,7 @@ from scipy import sparse
 from endoprint import sources
 from endoprint.config import Config, Refusal
 from endoprint.curated import refuse_double_cells
-from endoprint.ranks import Columns, as_csr
+from endoprint.ranks import Columns, Ranked, as_csr
 from endoprint.vocabulary import Vocabulary, fetch
 
 __all__ = ["TokenFile", "Tokens", "TokensConfig", "Vocabulary", "fetch", "of", "tokenize_file"]
@@ -126,8 +126,8 @@ def of(cells: AnnData, vocabulary: Vocabulary, cache: Path | None = None) -> Tok
     if found is None:
         parts = [columns.rank(block) for block in _blocks(counts)]
         found = (
-            np.concatenate([values for values, _ in parts] or [np.empty(0, np.int32)]),
-            np.concatenate([lengths for _, lengths in parts] or [np.empty(0, np.int64)]),
+            np.concatenate([part.tokens for part in parts] or [np.empty(0, np.int32)]),
+            np.concatenate([part.lengths for part in parts] or [np.empty(0, np.int64)]),
         )
     values, lengths = found
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
@@ -164,14 +164,14 @@ def tokenize_file(
         tally = _Tally(columns)
         with _parquet(out) as (parquet, later):
 
-            def keep(cell_ids: pd.Index, counts: Any, values: Array, lengths: Array) -> None:
-                parquet.write_table(_table(cell_ids, values, lengths))
-                tally.add(columns.coverage(counts), lengths)
+            def keep(cell_ids: pd.Index, counts: sparse.csr_matrix, ranked: Ranked) -> None:
+                parquet.write_table(_table(cell_ids, ranked))
+                tally.add(columns.coverage(counts, ranked), ranked.lengths)
 
             n_done = 0
             while block is not None:
                 counts = as_csr(block.X)
-                later(keep, block.obs_names, counts, *columns.rank(counts))
+                later(keep, block.obs_names, counts, columns.rank(counts))
                 n_done += block.n_obs
                 if watch is not None:
                     watch(n_done, len(ids))
@@ -243,10 +243,10 @@ def _parquet(out: Path) -> Iterator[tuple[pq.ParquetWriter, Callable[..., None]]
         beside.unlink(missing_ok=True)
 
 
-def _table(cell_ids: pd.Index, values: Array, lengths: Array) -> pa.Table:
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    tokens = pa.ListArray.from_arrays(offsets, values)
-    n_tokens = pa.array(lengths.astype(np.int32))
+def _table(cell_ids: pd.Index, ranked: Ranked) -> pa.Table:
+    offsets = np.concatenate([[0], np.cumsum(ranked.lengths)]).astype(np.int32)
+    tokens = pa.ListArray.from_arrays(offsets, ranked.tokens)
+    n_tokens = pa.array(ranked.lengths.astype(np.int32))
     return pa.Table.from_arrays([pa.array(cell_ids, pa.string()), tokens, n_tokens], schema=SCHEMA)
 
 
