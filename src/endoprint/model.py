@@ -53,11 +53,13 @@ class Resources:
     `vocabulary`: JSON of `tokens.Vocabulary`; absent: fitted on the training cells.
     `tokens`: parquet of precomputed tokens, joined by cell id.
     `backbone`: folder of a pre-trained encoder; absent: trained from scratch.
+    `activations`: folder where what frozen layers say of a cell is kept; absent: computed anew.
     """
 
     vocabulary: Path | None = None
     tokens: Path | None = None
     backbone: Path | None = None
+    activations: Path | None = None
 
 
 @dataclass

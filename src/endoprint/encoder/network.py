@@ -15,6 +15,7 @@ Shapes: B cells, N their tokens, R rows, T tokens of a row, D width, E exposures
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -28,12 +29,13 @@ from endoprint.config import Refusal
 from endoprint.encoder.minibatches import Layout, Minibatch, Sentences, assemble, plan
 
 Array = np.ndarray[Any, np.dtype[Any]]
+Put = Callable[[Minibatch], Minibatch]
 
 
 class Reader(nn.Module, ABC):
     """Read a cell's genes and weigh every exposure, whatever the backbone.
 
-    A kind of backbone has a `name` and writes `size_of`, `enter`, `through`,
+    A kind of backbone has a `name` and writes `size_of`, `shape`, `enter`, `through`,
     `stages` and `gene_table`.
     The pooled vector is standardised by batch normalisation without scale or shift: by the
     minibatch while training, by running figures afterwards, so that answers are independent.
@@ -72,6 +74,10 @@ class Reader(nn.Module, ABC):
     @abstractmethod
     def size_of(backbone: Any) -> tuple[int, int]:
         """Return a backbone's width and how many tokens it knows."""
+
+    @abstractmethod
+    def shape(self) -> dict[str, Any]:
+        """Return what the backbone is built from, in plain values."""
 
     @abstractmethod
     def enter(self, minibatch: Minibatch) -> Tensor:
@@ -171,6 +177,10 @@ class Network(Reader):
     def size_of(backbone: Any) -> tuple[int, int]:
         return int(backbone.config.hidden_size), int(backbone.config.vocab_size)
 
+    def shape(self) -> dict[str, Any]:
+        plain: dict[str, Any] = self.bert.config.to_dict()
+        return plain
+
     def enter(self, minibatch: Minibatch) -> Tensor:
         entering: Tensor = self.bert.embeddings(
             input_ids=minibatch.ids_RT, position_ids=minibatch.positions_RT
@@ -207,10 +217,23 @@ class Answers:
     vectors_BD: Array  # float32
 
 
+def as_it_is(minibatch: Minibatch) -> Minibatch:
+    """Know nothing more of a minibatch."""
+    return minibatch
+
+
 def answer(
-    network: Reader, tokens: Sentences, layout: Layout, *, minibatch_tokens: int
+    network: Reader,
+    tokens: Sentences,
+    layout: Layout,
+    *,
+    minibatch_tokens: int,
+    put: Put = as_it_is,
 ) -> Answers:
-    """Read every cell once, like lengths together; all rows of all cells."""
+    """Read every cell once, like lengths together; all rows of all cells.
+
+    `put` gives a minibatch what is known of it already.
+    """
     n_cells = len(tokens.offsets) - 1
     device = network.head.weight.device
     logits = np.zeros((n_cells, network.head.out_features), dtype=np.float32)
@@ -219,7 +242,7 @@ def answer(
     lengths = np.diff(tokens.offsets)
     with torch.inference_mode():
         for cells in plan(lengths, cells=256, tokens=minibatch_tokens):
-            logits_BE, vectors_BD = network(assemble(tokens, cells, layout).to(device))
+            logits_BE, vectors_BD = network(put(assemble(tokens, cells, layout)).to(device))
             logits[cells] = logits_BE.float().cpu().numpy()
             vectors[cells] = vectors_BD.float().cpu().numpy()
     return Answers(logits, vectors)

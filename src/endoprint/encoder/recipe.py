@@ -10,6 +10,7 @@ import torch
 from optuna.distributions import FloatDistribution
 
 from endoprint.config import Config
+from endoprint.encoder.activations import Precision as CachePrecision
 from endoprint.encoder.minibatches import Layout
 from endoprint.encoder.pooling import Pooling
 
@@ -46,6 +47,9 @@ class Recipe(Config):
     minibatch_cells: int = 32  # cells per training step
     minibatch_tokens: int = 65_536  # most tokens per minibatch: bounds memory
     frozen_layers: int = 0  # counted from the input, embeddings included
+    # what frozen layers say of a cell is kept on disk, where the workspace has a place for it:
+    cache_gib: float = 4.0  # of all fits together, least recently used first to go; 0: not kept
+    cache_precision: CachePrecision = "fp32"  # fp16: half the room, answers differ by some 1e-3
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 elsewhere
 
     def layout(self, *, has_specials: bool) -> Layout:

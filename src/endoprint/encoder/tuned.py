@@ -6,6 +6,7 @@ n cells, E exposures, D width of the encoder.
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,6 +17,8 @@ from anndata import AnnData
 from torch import nn
 
 from endoprint.config import Refusal
+from endoprint.encoder.activations import Activations
+from endoprint.encoder.frozen import states_of
 from endoprint.encoder.loop import Lesson, Loop
 from endoprint.encoder.minibatches import Layout, Sentences
 from endoprint.encoder.network import Answers, Reader, answer
@@ -71,6 +74,8 @@ class EncoderModel(ExposureModel):
         learned, checked = self._lesson(train), self._lesson(valid[known])
         genes_per_cell = max(float(np.diff(learned.tokens.offsets).mean()) - self.n_more, 1.0)
         self._network = self._network_of(encoder, genes_per_cell=genes_per_cell)
+        self._network.freeze(self.config.frozen_layers)
+        learned, checked = self._with_states([learned, checked])
         loop = Loop(
             self._network,
             learned,
@@ -90,6 +95,23 @@ class EncoderModel(ExposureModel):
     def _lesson(self, cells: AnnData) -> Lesson:
         truth = pd.Index(self.exposures).get_indexer(pd.Index(cells.obs["exposure"].astype(str)))
         return Lesson(self._sentences(cells), truth.astype(np.int64))
+
+    def _with_states(self, lessons: list[Lesson]) -> list[Lesson]:
+        """Read frozen layers once for all epochs, where there is a place to keep what they say."""
+        config, folder = self.config, self.resources.activations
+        if not (config.frozen_layers and config.cache_gib and folder):
+            return lessons
+        store = Activations(folder, gib=config.cache_gib, precision=config.cache_precision)
+        tokens = config.minibatch_tokens
+        return [
+            replace(
+                lesson,
+                put=states_of(
+                    self._network, lesson.tokens, self._layout, store, minibatch_tokens=tokens
+                ).put,
+            )
+            for lesson in lessons
+        ]
 
     @property
     def _layout(self) -> Layout:

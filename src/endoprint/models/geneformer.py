@@ -121,7 +121,7 @@ class Geneformer(EncoderModel):
     def _values(self) -> dict[str, Any]:
         vocabulary = self._vocabulary
         return {
-            "shape": self._network.bert.config.to_dict(),
+            "shape": self._network.shape(),
             "vocabulary": asdict(vocabulary)
             | {"medians": vocabulary.medians.tolist(), "sha256": vocabulary.sha256},
         }

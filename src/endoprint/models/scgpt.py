@@ -68,6 +68,9 @@ class ScgptNetwork(Reader):
     def size_of(backbone: Any) -> tuple[int, int]:
         return backbone.shape.width, backbone.shape.n_tokens
 
+    def shape(self) -> dict[str, Any]:
+        return self.scgpt.shape.to_json()
+
     def enter(self, minibatch: Minibatch) -> Tensor:
         if minibatch.levels_RT is None:
             raise Refusal("scGPT reads genes with levels", "ranks", "bin the cells (bins.of)")
@@ -180,7 +183,7 @@ class Scgpt(EncoderModel):
     # -- disk -----------------------------------------------------------------------------------
     def _values(self) -> dict[str, Any]:
         return {
-            "shape": self._network.scgpt.shape.to_json(),
+            "shape": self._network.shape(),
             "genes": self._genes,
             "tokens": self._tokens,
             "n_bins": self._n_bins,
