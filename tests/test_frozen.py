@@ -202,6 +202,7 @@ def fill(folder: str) -> list[float]:
     return logits(made, cells, put=found.put).ravel().tolist()
 
 
+@pytest.mark.slow
 def test_two_processes_may_fill_one_folder_at_once(tmp_path):
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         one, other = pool.map(fill, [str(tmp_path)] * 2)
