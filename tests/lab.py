@@ -6,18 +6,20 @@ import json
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
 from anndata import AnnData
 
 from endoprint import artefact, curated, tracking
+from endoprint.cells import CellsConfig
 from endoprint.confounding import audit
 from endoprint.design import DesignConfig, Split, make_split
 from endoprint.lineage import Lineage
 from endoprint.model import ExposureModel
 from endoprint.models.logistic import Logistic, LogisticConfig
+from endoprint.scoring import inputs
 from endoprint.workspace import Workspace
 
 POLICY = "must_beat_champion: {by: 0.0}\nallow_few_units: true\n"
@@ -76,6 +78,16 @@ def fit_and_track(
         run.model(Path(folder), sha256=artefact.digest(Path(folder)))
         run.metrics({"macro_f1": 0.5})
     return run.run_id
+
+
+def chunks(path: Path, config: CellsConfig, n_cells: int) -> Iterator[AnnData]:
+    """Read a file as scoring does, some cells at a time."""
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        inputs.opened(path, config, Path(scratch)) as reading,
+    ):
+        for start in range(0, reading.found.n_cells, n_cells):
+            yield reading.part(start, min(start + n_cells, reading.found.n_cells))
 
 
 def moved_copy(space: Workspace, to: Path) -> Workspace:

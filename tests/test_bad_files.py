@@ -14,8 +14,9 @@ import pytest
 from scipy import sparse
 
 from conftest import planted_cells
-from endoprint.cells import CellsConfig, chunks, curate, load, read, write
+from endoprint.cells import CellsConfig, curate, load, read, write
 from endoprint.config import Refusal
+from lab import chunks
 
 KEYS = {"exposure_key": "exposure", "unit_keys": ["unit"], "batch_key": "batch"}
 
@@ -313,12 +314,26 @@ def test_a_symbol_map_that_fits_few_genes_is_refused(tmp_path: Path) -> None:
     assert "3.3% of 30" in refusal.got
 
 
-def test_a_broken_block_is_refused_while_scoring(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (0.5, "fractions among the counts"),
+        (-1, "negative counts"),
+        (np.nan, "counts that are no numbers"),
+        (np.inf, "counts that are no numbers"),
+        (2**25, "a count too large to be one"),
+    ],
+)
+def test_one_impossible_count_sets_its_cell_aside_while_scoring(
+    value: float, reason: str, tmp_path: Path
+) -> None:
     cells = good()
-    broken_counts(0.5)(cells)
+    broken_counts(value)(cells)
     cells.write_h5ad(tmp_path / "cells.h5ad")
     config = CellsConfig.of(KEYS, "cells")
-    assert refused(lambda: list(chunks(tmp_path / "cells.h5ad", config, 7)), tmp_path)
+    seen = pd.concat([block.obs for block in chunks(tmp_path / "cells.h5ad", config, 7)])
+    assert list(seen.index) == list(cells.obs_names)
+    assert list(seen["flag"]) == [reason] + [""] * (cells.n_obs - 1)
 
 
 def test_curated_cells_that_were_tampered_with_are_refused(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from conftest import planted_cells
 from endoprint import labels
 from endoprint.cells import (
     CellsConfig,
-    chunks,
     curate,
     fingerprint,
     from_frame,
@@ -30,6 +29,7 @@ from endoprint.cells import (
 )
 from endoprint.config import Refusal
 from endoprint.genes import MITOCHONDRIAL
+from lab import chunks
 
 CONFIG = CellsConfig(exposure_key="exposure", unit_keys=["unit"], batch_key="batch")
 

@@ -21,7 +21,7 @@ from endoprint.curated import md5
 from endoprint.model import ExposureModel
 from endoprint.models.logistic import Logistic, LogisticConfig
 from endoprint.registry import Version
-from endoprint.scoring import ScoreSummary, score
+from endoprint.scoring import Layout, ScoreSummary, score
 
 KEYS = CellsConfig(sample_key="sample", unit_keys=["unit"])
 
@@ -59,10 +59,10 @@ def rows_of(out: Path) -> pd.DataFrame:
 
 @pytest.fixture
 def run(model: Logistic, version: Version) -> Callable[..., ScoreSummary]:
-    def scored(path: Path, out: Path, *, chunk_cells: int = 16, **named: object) -> ScoreSummary:
+    def scored(path: Path, out: Path, *, shard_cells: int = 16, **named: object) -> ScoreSummary:
         return score(
             named.pop("model", model), named.pop("version", version), path, out,
-            cells=named.pop("cells", KEYS), chunk_cells=chunk_cells, **named,
+            cells=named.pop("cells", KEYS), layout=Layout(shard_cells=shard_cells), **named,
         )  # fmt: skip
 
     return scored
@@ -98,14 +98,15 @@ def test_every_cell_has_one_row_in_the_files_order_with_the_models_own_answer(
     assert json.loads((tmp_path / "out" / scoring.SUMMARY).read_text())["n_cells"] == len(cells)
 
 
-@pytest.mark.parametrize("chunk_cells", [1, 5, 1000])
+@pytest.mark.parametrize("shard_cells", [1, 5, 1000])
 def test_rows_do_not_depend_on_the_chunks(
-    run: Callable[..., ScoreSummary], tmp_path: Path, chunk_cells: int
+    run: Callable[..., ScoreSummary], tmp_path: Path, shard_cells: int
 ) -> None:
     path = written(raw_cells(), tmp_path / "new.h5ad")
-    run(path, tmp_path / "a", chunk_cells=11)
-    run(path, tmp_path / "b", chunk_cells=chunk_cells)
-    pd.testing.assert_frame_equal(rows_of(tmp_path / "a"), rows_of(tmp_path / "b"), atol=1e-9)
+    run(path, tmp_path / "a", shard_cells=11)
+    run(path, tmp_path / "b", shard_cells=shard_cells)
+    a, b = (rows_of(tmp_path / name).drop(columns="job_key") for name in "ab")
+    pd.testing.assert_frame_equal(a, b, atol=1e-9)
 
 
 def test_novel_cells_are_marked_and_abstained_from(
@@ -132,16 +133,16 @@ def test_empty_cells_keep_their_row_without_a_call(
     counts = cells.X.toarray()
     counts[[0, 5, 35]] = 0
     path = written(AnnData(sparse.csr_matrix(counts), cells.obs, cells.var), tmp_path / "e.h5ad")
-    summary = run(path, tmp_path / "out", chunk_cells=1)  # also a chunk of nothing else
+    summary = run(path, tmp_path / "out", shard_cells=1)  # also a chunk of nothing else
     rows = rows_of(tmp_path / "out")
     empty = rows.iloc[[0, 5, 35]]
     assert list(rows["cell_id"]) == list(cells.obs_names)
-    assert (empty["flag"] == "no counts").all()
+    assert (empty["quarantine"] == "no counts").all()
     assert empty["abstain"].all()
     assert empty["call"].isna().all()
     assert empty[[c for c in rows if c.startswith("p_")]].isna().all(axis=None)
-    assert summary.flags == {"no counts": 3}
-    assert summary.n_unscored == 3
+    assert summary.quarantined == {"no counts": 3}
+    assert summary.n_quarantined == 3
 
 
 def test_cells_with_no_count_the_model_knows_are_said_so(
@@ -154,7 +155,7 @@ def test_cells_with_no_count_the_model_knows_are_said_so(
     path = written(AnnData(sparse.csr_matrix(counts), cells.obs, var), tmp_path / "k.h5ad")
     run(path, tmp_path / "out")
     row = rows_of(tmp_path / "out").iloc[3]
-    assert row["flag"] == scoring.NO_GENES
+    assert row["quarantine"] == scoring.NO_GENES
     assert row["known_share"] == 0.0
     assert pd.isna(row["call"])
 
@@ -175,7 +176,7 @@ def test_an_answer_that_is_no_number_is_no_call(
     path = written(cells, tmp_path / "b.h5ad")
     run(path, tmp_path / "out", model=broken)
     rows = rows_of(tmp_path / "out").set_index("cell_id")
-    assert rows.loc[bad, "flag"] == scoring.NO_ANSWER
+    assert rows.loc[bad, "quarantine"] == scoring.NO_ANSWER
     assert rows["call"].isna().sum() == 1
 
 
@@ -283,7 +284,8 @@ def test_a_run_that_dies_leaves_the_old_result_whole_and_no_fragment(
     dying.__dict__.update(model.__dict__)
     with pytest.raises(KeyboardInterrupt):
         run(path, out, model=dying)
-    assert sorted(each.name for each in out.iterdir()) == [scoring.SCORES, scoring.SUMMARY]
+    seen = sorted(each.name for each in out.iterdir() if not each.name.startswith("."))
+    assert seen == [scoring.SCORES, scoring.SUMMARY]
     assert ScoreSummary.read(out / scoring.SUMMARY) == old
     assert run(path, out).job_key != old.job_key
 
@@ -300,7 +302,9 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
 
     with pytest.raises(Refusal, match="changed while it was read"):
         run(path, tmp_path / "out", watch=change)
-    assert list((tmp_path / "out").iterdir()) == []
+    seen = list((tmp_path / "out").iterdir())
+    assert [each.name[:5] for each in seen] == [".job-"]
+    assert not [each for each in seen[0].iterdir() if each.suffix == ".parquet"]
 
 
 # -- what is refused ----------------------------------------------------------------------------

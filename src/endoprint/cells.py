@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -22,6 +21,7 @@ from endoprint import sources
 from endoprint.annotations import Keys, annotate
 from endoprint.config import Refusal
 from endoprint.curated import (
+    IMPOSSIBLE,
     check,
     fingerprint,
     from_frame,
@@ -30,6 +30,7 @@ from endoprint.curated import (
     log_normalised,
     matrix,
     md5,
+    possible_counts,
     raw_counts,
     refuse_double_cells,
     sums,
@@ -38,10 +39,11 @@ from endoprint.curated import (
 from endoprint.genes import Panel, name_genes, read_symbol_map
 
 __all__ = [
+    "IMPOSSIBLE",
     "CellsConfig",
     "CurationReport",
     "check",
-    "chunks",
+    "columns_to_score",
     "curate",
     "fingerprint",
     "from_frame",
@@ -51,6 +53,7 @@ __all__ = [
     "md5",
     "read",
     "read_obs",
+    "to_score",
     "write",
 ]
 
@@ -145,7 +148,10 @@ def curate(
     unlabelled cells. Raises Refusal where the cells can not be what the config says.
     """
     panel, report = _name(adata, config)
-    cells, flag = _convert(adata, config, panel, report, labelled=labelled)
+    values, _ = sources.chosen(adata, config.layer)
+    where = "X" if config.layer is None else f"layer {config.layer!r}"
+    counts = raw_counts(values, where=where, remedy=_where_counts_may_be(adata, config.layer))
+    cells, flag = _convert(counts, adata.obs, config, panel, report, labelled=labelled)
     is_kept = (flag == "").to_numpy()
     report.removed_cells = {
         **{str(reason): int(n) for reason, n in adata.uns.get(sources.REMOVED, {}).items()},
@@ -167,29 +173,31 @@ def curate(
     return cells, report
 
 
-def chunks(path: str | Path, config: CellsConfig, n_cells: int) -> Iterator[AnnData]:
-    """Read cells to be scored, `n_cells` at a time, every cell in the file's order.
+def columns_to_score(config: CellsConfig) -> list[str]:
+    """Return the columns of obs that cells to be scored are read with, where they have them."""
+    keys = [config.line_key, config.batch_key, config.cell_type_key, config.technical_fold]
+    keys += [config.split_key, config.sample_key, config.library_size_key, *config.unit_keys]
+    return sorted({key for key in keys if key is not None})
 
-    No cell is removed: `obs["flag"]` says why curation would have removed it, else is empty.
-    No exposure is needed. Memory stays flat for an h5ad stored by rows.
+
+def to_score(
+    block: AnnData, config: CellsConfig, panel: Panel | None = None
+) -> tuple[AnnData, Panel]:
+    """Return cells to be scored, each of them, in the same order, and the genes' names.
+
+    `block.X` is the matrix that `config.layer` names. No exposure is needed and no cell removed:
+    `obs["flag"]` says why curation would have removed it, else is empty; impossible counts flag
+    their cell, whose counts are then none. `panel`: of an earlier block of the same file.
     """
-    path = Path(path)
-    ids = pd.Index(read_obs(path).index.astype(str))
-    if not len(ids):
-        raise Refusal("there are cells and genes", f"{path.name} without cells", "check the file")
-    refuse_double_cells(ids)
-    # a block's X is already the chosen matrix
+    # the block is chosen and joined already
     within = config.model_copy(update={"layer": None, "runs": {}, "obs_table": ""})
-    panel: Panel | None = None
-    for block in sources.blocks(
-        path, layer=config.layer, n_cells=n_cells, obs_table=config.obs_table
-    ):
-        named, report = _name(block, within, panel)
-        panel = named  # the same genes in every block
-        cells, flag = _convert(block, within, panel, report, labelled=False)
-        cells.obs["flag"] = flag
-        cells.uns["endoprint"] = {"gene_ids": report.gene_ids, "library_size": report.library_size}
-        yield cells
+    panel, report = _name(block, within, panel)
+    remedy = _where_counts_may_be(block, None)
+    counts, impossible = possible_counts(block.X, where="X", remedy=remedy)
+    cells, flag = _convert(counts, block.obs, within, panel, report, labelled=False)
+    cells.obs["flag"] = np.where(impossible != "", impossible, flag.to_numpy(dtype=object))
+    cells.uns["endoprint"] = {"gene_ids": report.gene_ids, "library_size": report.library_size}
+    return cells, panel
 
 
 # -- steps --------------------------------------------------------------------------------------
@@ -219,23 +227,25 @@ def _name(
 
 
 def _convert(
-    adata: AnnData, config: CellsConfig, panel: Panel, report: CurationReport, *, labelled: bool
+    everything: sparse.csr_matrix,
+    known: pd.DataFrame,
+    config: CellsConfig,
+    panel: Panel,
+    report: CurationReport,
+    *,
+    labelled: bool,
 ) -> tuple[AnnData, pd.Series]:
     """Return all cells curated, and for each the reason to remove it ("" where none)."""
-    values, _ = sources.chosen(adata, config.layer)
-    where = "X" if config.layer is None else f"layer {config.layer!r}"
-    remedy = _where_counts_may_be(adata, config.layer)
-    everything = raw_counts(values, where=where, remedy=remedy)
     total = sums(everything if panel.is_gene.all() else everything[:, panel.is_gene])
     counts = panel.collect(everything)
     in_genes = sums(counts)
     report.count_coverage = float(in_genes.sum() / max(total.sum(), 1))
-    flag = pd.Series("", index=adata.obs_names.astype(str), dtype=object)
-    obs = annotate(adata.obs, config, labelled=labelled, flag=flag)
+    flag = pd.Series("", index=known.index.astype(str), dtype=object)
+    obs = annotate(known, config, labelled=labelled, flag=flag)
     report.library_size = "sum over all genes"
     if config.library_size_key is not None:
         report.library_size = config.library_size_key
-        total = _true_total(adata.obs, config.library_size_key, total)
+        total = _true_total(known, config.library_size_key, total)
     obs["n_counts"] = total
     obs["n_genes"] = np.diff(counts.indptr).astype(np.int64)
     _flag_poor(flag, obs, counts, in_genes, panel, config)

@@ -28,6 +28,10 @@ Array = np.ndarray[Any, np.dtype[Any]]
 TARGET_SUM = 1e4  # counts per cell after scaling; the field's habit (scanpy, Geneformer)
 LEAST_GENE_SHARE = 0.05  # of a model's genes; cells with fewer ask another question (a guess)
 EXACT_IN_FLOAT32 = 2**24  # whole numbers above are no longer all representable
+IMPOSSIBLE = (  # why a cell's values can be no counts
+    "counts that are no numbers", "negative counts", "fractions among the counts",
+    "a count too large to be one",
+)  # fmt: skip
 REQUIRED = ("unit", "n_counts", "n_genes")
 
 
@@ -70,6 +74,31 @@ def raw_counts(values: Any, *, where: str, remedy: str) -> sparse.csr_matrix:
     counts.eliminate_zeros()
     counts.sort_indices()
     return counts
+
+
+def possible_counts(values: Any, *, where: str, remedy: str) -> tuple[sparse.csr_matrix, Array]:
+    """Return raw counts (n, K) and, per cell, why its values can be none ("" where they can).
+
+    A cell that holds one impossible value is emptied, not mended. A matrix that holds no numbers
+    at all is refused, as by `raw_counts`.
+    """
+    reason: Array = np.full(values.shape[0], "", dtype=object)
+    try:
+        return raw_counts(values, where=where, remedy=remedy), reason
+    except Refusal:
+        if values.ndim != 2 or not (values.dtype == bool or values.dtype.kind in "iuf"):
+            raise
+    stored = sparse.csr_matrix(np.asarray(values) if isinstance(values, np.ndarray) else values)
+    stored = stored.copy()
+    stored.sum_duplicates()
+    cell = np.repeat(np.arange(stored.shape[0]), np.diff(stored.indptr))
+    data = stored.data
+    wrong = (~np.isfinite(data), data < 0, data != np.rint(data), data >= EXACT_IN_FLOAT32)
+    for why, is_wrong in zip(IMPOSSIBLE, wrong):
+        held = np.isin(np.arange(len(reason)), cell[is_wrong])
+        reason[held & (reason == "")] = why
+    stored.data[np.isin(cell, np.flatnonzero(reason != ""))] = 0
+    return raw_counts(stored, where=where, remedy=remedy), reason
 
 
 def fingerprint(cells: AnnData) -> str:

@@ -237,7 +237,7 @@ def _streams(path: Path, layer: str | None) -> bool:
 
 
 def refuse_missing(file: h5py.Group, layer: str | None, path: Path) -> None:
-    """Refuse a file, HDF5 or zarr, without the matrix that `layer` names, or without its tables."""
+    """Refuse a file, HDF5 or zarr, without its tables or the matrix that `layer` names."""
     for name in ("obs", "raw/var" if layer == "raw" and "raw" in file else "var"):
         if name not in file:
             raise Refusal(

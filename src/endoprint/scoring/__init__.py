@@ -1,0 +1,107 @@
+"""Say of every cell of a file what it was exposed to: one row per cell, in the file's order.
+
+Streams, so that memory does not grow with the file. Nothing is dropped: a cell that cannot be
+judged keeps its row and says why. Killed at any moment, the same command finishes what is left.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from endoprint.cells import CellsConfig
+from endoprint.model import ExposureModel
+from endoprint.registry import Version
+from endoprint.scoring.columns import COLUMNS, NO_ANSWER, NO_GENES, schema
+from endoprint.scoring.desk import Damaged, Desk, Watch, desk
+from endoprint.scoring.job import Job, Layout, Shard, plan
+from endoprint.scoring.summary import SCORES, SUMMARY, ScoreSummary, finished, sha256
+
+__all__ = [
+    "COLUMNS",
+    "NO_ANSWER",
+    "NO_GENES",
+    "SCORES",
+    "SUMMARY",
+    "Damaged",
+    "Desk",
+    "Job",
+    "Layout",
+    "ScoreSummary",
+    "Shard",
+    "desk",
+    "finished",
+    "plan",
+    "schema",
+    "score",
+    "score_job",
+]
+
+Describe = Callable[[ScoreSummary], tuple[str, list[str]]]
+
+
+def silent(done: int, total: int) -> None:
+    """Show no progress."""
+
+
+def nothing_else(summary: ScoreSummary) -> tuple[str, list[str]]:
+    """Write nothing beside the scores."""
+    return "", []
+
+
+def score(
+    model: ExposureModel,
+    version: Version,
+    where: str | Path,
+    out_dir: Path,
+    *,
+    cells: CellsConfig,
+    layout: Layout | None = None,
+    watch: Watch = silent,
+) -> ScoreSummary:
+    """Score a file, every file of a folder, or of a pattern, into `out_dir`.
+
+    `scores.parquet` has one row per cell (`columns`), `summary.json` says that it is whole. The
+    same job again changes nothing; another job replaces the old one whole. `watch(done, total)`
+    counts cells.
+    """
+    out_dir = Path(out_dir)
+    job = plan(model, version, where, out_dir, cells=cells, layout=layout)
+    return score_job(model, job, out_dir, watch=watch)
+
+
+def score_job(
+    model: ExposureModel,
+    job: Job,
+    out_dir: Path,
+    *,
+    watch: Watch = silent,
+    describe: Describe = nothing_else,
+) -> ScoreSummary:
+    """Do what is missing of a job, beside whoever else works on it; return what it came to.
+
+    `describe(summary)` writes what stands beside the scores (reports) and returns the column it
+    tells of and the names of its files, all written before the summary says that all is there.
+    """
+    began = time.perf_counter()
+    done = finished(out_dir, job.key)
+    if done is not None:
+        return done
+    with desk(out_dir, job) as own:
+        while True:
+            own.work(model, watch=watch)
+            with own.alone():
+                done = finished(out_dir, job.key)
+                if done is not None:  # another worker put it together
+                    return done
+                try:
+                    told = own.publish(model, seconds=lambda: time.perf_counter() - began)
+                except Damaged:
+                    continue
+                by, names = describe(told)
+                beside = {name: sha256(out_dir / name) for name in names}
+                told = replace(told, by=by, beside=beside)
+                own.seal(told)
+                return told

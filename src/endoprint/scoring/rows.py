@@ -1,0 +1,95 @@
+"""A model's answers about some cells as rows of scores: probabilities, calls, doubts.
+
+n cells, E exposures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from anndata import AnnData
+
+from endoprint.model import ExposureModel
+from endoprint.scoring.columns import NO_ANSWER, NO_GENES, schema
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def rows(model: ExposureModel, cells: AnnData, same: Mapping[str, str]) -> pa.Table:
+    """Return one row per cell, (n, ...), in their order; `same`: columns of one value for all."""
+    in_model, total, reason = _known(model, cells)
+    probabilities, novelty = _asked(model, cells, in_model > 0)
+    is_answered: Array = np.asarray(np.isfinite(probabilities).all(axis=1))
+    reason[(in_model > 0) & ~is_answered & (reason == "")] = NO_ANSWER
+    probabilities[~is_answered] = np.nan
+    first, second, confidence, second_confidence = _best_two(probabilities)
+    is_novel = novelty > model.novelty_threshold  # false where novelty is unknown
+    is_unsure = confidence < model.abstention_threshold
+    names = pa.array(model.exposures, pa.string())
+    told: dict[str, Any] = {
+        "cell_id": cells.obs_names.to_numpy(dtype=object),
+        "sample": _text(cells, "sample"),
+        "unit": _text(cells, "unit"),
+        **{f"p_{name}": probabilities[:, i] for i, name in enumerate(model.exposures)},
+        "call": names.take(pa.array(first, mask=~is_answered)),
+        "confidence": confidence,
+        "second_call": names.take(pa.array(second, mask=~is_answered)),
+        "second_confidence": second_confidence,
+        "novelty": novelty,
+        "is_novel": is_novel,
+        "is_unsure": is_unsure,
+        "abstain": is_novel | is_unsure | (reason != ""),
+        "quarantine": reason,
+        "n_counts": total,
+        "n_genes": cells.obs["n_genes"].to_numpy(dtype=np.int64),
+        "known_share": np.divide(in_model, total, out=np.zeros_like(total), where=total > 0),
+    }
+    columns = []
+    for field in schema(model.exposures):
+        if field.name in same:
+            columns.append(pa.repeat(pa.scalar(same[field.name], pa.string()), cells.n_obs))
+        elif isinstance(told[field.name], pa.Array):
+            columns.append(told[field.name])
+        else:
+            columns.append(pa.array(told[field.name], field.type, from_pandas=True))
+    return pa.Table.from_arrays(columns, schema=schema(model.exposures))
+
+
+def _known(model: ExposureModel, cells: AnnData) -> tuple[Array, Array, Array]:
+    """Return counts in the model's genes and in all, (n,), and why a cell is quarantined."""
+    is_known = np.isin(cells.var_names.to_numpy(dtype=object), model.genes)
+    in_model: Array = cells.X @ is_known.astype(np.float64)
+    total = cells.obs["n_counts"].to_numpy(dtype=np.float64)
+    reason = cells.obs["flag"].to_numpy(dtype=object).copy()
+    reason[(in_model <= 0) & (reason == "")] = NO_GENES
+    return in_model, total, reason
+
+
+def _asked(model: ExposureModel, cells: AnnData, can_answer: Array) -> tuple[Array, Array]:
+    """Return probabilities (n, E) and novelty (n,), NaN for cells that no model could judge."""
+    if can_answer.all():
+        return model.predict_proba(cells).to_numpy().copy(), model.novelty(cells)
+    probabilities = np.full((cells.n_obs, len(model.exposures)), np.nan)
+    novelty = np.full(cells.n_obs, np.nan)
+    if can_answer.any():
+        some = cells[can_answer].copy()
+        probabilities[can_answer] = model.predict_proba(some).to_numpy()
+        novelty[can_answer] = model.novelty(some)
+    return probabilities, novelty
+
+
+def _best_two(probabilities: Array) -> tuple[Array, Array, Array, Array]:
+    """Return the columns of the first and second call and their probabilities, each (n,)."""
+    order = np.argsort(-np.nan_to_num(probabilities), axis=1, kind="stable")[:, :2]
+    best = np.take_along_axis(probabilities, order, axis=1)
+    return order[:, 0], order[:, 1], best[:, 0], best[:, 1]
+
+
+def _text(cells: AnnData, column: str) -> Array:
+    if column not in cells.obs:
+        return np.full(cells.n_obs, "", dtype=object)
+    told: Array = cells.obs[column].astype(str).to_numpy(dtype=object)
+    return told
