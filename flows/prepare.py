@@ -5,12 +5,12 @@ from __future__ import annotations
 from prefect import flow, task
 
 from endoprint import jobs
-
-# a second repro in one workspace is refused by DVC's lock: waiting is the cure
-reproduce = task(jobs.prepare, name="prepare", retries=3, retry_delay_seconds=20)
+from flows.care import HOUR_SECONDS, NOTED, TRIED_AGAIN
 
 
-@flow(log_prints=False)
+@flow(log_prints=False, **NOTED)
 def prepare(workspace: str = ".") -> str:
     """Bring a workspace's data up to date; what is unchanged is not made again."""
-    return reproduce(workspace)
+    return task(jobs.prepare, name="prepare", timeout_seconds=4 * HOUR_SECONDS, **TRIED_AGAIN)(
+        workspace
+    )

@@ -5,9 +5,12 @@ from __future__ import annotations
 from prefect import flow, task
 
 from endoprint import jobs
+from flows.care import HOUR_SECONDS, NOTED, TRIED_AGAIN
 
 
-@flow
+@flow(**NOTED)
 def pretrain(workspace: str = ".") -> str:
     """Pre-train the workspace's small backbone; return its run id."""
-    return task(jobs.pretrain, name="pretrain")(workspace)
+    return task(jobs.pretrain, name="pretrain", timeout_seconds=24 * HOUR_SECONDS, **TRIED_AGAIN)(
+        workspace
+    )

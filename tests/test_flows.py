@@ -152,33 +152,38 @@ def test_every_flow_calls_jobs_that_exist_with_words_they_know(
     called: list[str] = []
 
     def task(job: Any, *, name: str, **settings: Any) -> Any:
-        def checked(*given: Any, **words: Any) -> str:
+        def checked(*given: Any, **words: Any) -> object:
             inspect.signature(job).bind(*given, **words)
             called.append(name)
-            return "1"
+            is_first = name == "what changed"
+            return {"changed": "data", "last": "", "key": "k"} if is_first else "1"
 
         return checked
 
     space = a_workspace(tmp_path / "space", is_simulated=False)
     modules = {each: importlib.import_module(f"flows.{each}") for each in FLOWS}
-    for each in ("train", "promote", "pretrain", "search", "score"):
+    for each in ("nightly", "train", "promote", "pretrain", "search", "score"):
         monkeypatch.setattr(modules[each], "task", task)
+    monkeypatch.setattr(modules["nightly"], "create_markdown_artifact", lambda *a, **b: None)
     monkeypatch.setattr(modules["nightly"], "prepare", lambda workspace: called.append("prepare"))
-    for each in ("train", "promote"):
+    for each in ("pretrain", "train", "promote"):
         monkeypatch.setattr(modules["nightly"], each, getattr(modules[each], each).fn)
     getattr(modules[name], name).fn(str(space))
+    promoted = ["register", "promote"]
     train = ["train logistic", "train signature", "train geneformer", "leaderboard"]
     assert (
         called
         == {
-            "nightly": ["prepare", *train, "register", "promote"],
+            "nightly": [
+                "what changed", "prepare", "pretrain", *train, *promoted, "remember the night",
+            ],
             "train": train,
-            "promote": ["register", "promote"],
+            "promote": promoted,
             "pretrain": ["pretrain"],
             "search": ["search geneformer"],
             "score": ["score"],
         }[name]
-    )
+    )  # fmt: skip
 
 
 # -- the real thing -----------------------------------------------------------------------------

@@ -112,7 +112,7 @@ def experiment(workspace: Workspace, store: mlflow.MlflowClient) -> str:
         ) from None
     if found is None:
         # a server knows its own place for artefacts
-        place = workspace.artifacts if workspace.tracking_uri.startswith("sqlite:") else None
+        place = None if workspace.tracking_uri.startswith("http") else workspace.artifacts
         with suppress(mlflow.MlflowException):  # another process made it meanwhile
             store.create_experiment(workspace.experiment, artifact_location=place)
         found = store.get_experiment_by_name(workspace.experiment)

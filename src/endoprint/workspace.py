@@ -132,8 +132,12 @@ class Workspace:
 
     @property
     def artifacts(self) -> str:
-        """Where MLflow keeps what runs log, when the store is the local one."""
-        return (self.local / "artifacts").as_uri()
+        """Where MLflow keeps what runs log: the environment's place, else here.
+
+        A server at MLFLOW_TRACKING_URI knows its own.
+        """
+        given = os.environ.get("MLFLOW_DEFAULT_ARTIFACT_ROOT")
+        return given or (self.local / "artifacts").as_uri()
 
     @property
     def experiment(self) -> str:

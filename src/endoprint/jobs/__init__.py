@@ -23,6 +23,8 @@ from endoprint.jobs.data import (
 from endoprint.jobs.embedding import embed
 from endoprint.jobs.fitting import figures_of, leaderboard, pretrain, train
 from endoprint.jobs.live import gc, promote, register, retire, rollback, score
+from endoprint.jobs.nights import end_night, night, wants_pretraining
+from endoprint.jobs.running import recover, status
 from endoprint.jobs.searching import search, search_result
 from endoprint.jobs.story import (
     Step,
@@ -41,6 +43,7 @@ __all__ = [
     "check",
     "curate",
     "embed",
+    "end_night",
     "figures_of",
     "gc",
     "init",
@@ -48,9 +51,11 @@ __all__ = [
     "leaderboard",
     "leaderboard_screen",
     "model_names",
+    "night",
     "prepare",
     "pretrain",
     "promote",
+    "recover",
     "register",
     "retire",
     "rollback",
@@ -60,10 +65,12 @@ __all__ = [
     "simulate",
     "simulate_to",
     "split",
+    "status",
     "stops",
     "story_steps",
     "tell",
     "tokenise",
     "tokenize_file",
     "train",
+    "wants_pretraining",
 ]

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock
+
 from endoprint import progress
 from endoprint.config import Refusal
 from endoprint.workspace import Workspace
@@ -88,7 +90,10 @@ def simulate_to(
 
 # -- the stages of dvc.yaml ---------------------------------------------------------------------
 def prepare(workspace: str) -> str:
-    """Bring a workspace's data up to date with `dvc repro`; return the path of dvc.lock."""
+    """Bring a workspace's data up to date with `dvc repro`; return the path of dvc.lock.
+
+    One at a time in a workspace: a second one waits for the first.
+    """
     space = Workspace.open(workspace)
     source = str(space.params.cells.get("source") or "")
     if source and "$" not in source and not (space.root / source).exists():
@@ -97,7 +102,8 @@ def prepare(workspace: str) -> str:
             f"nothing at {source}",
             "link yours with `endoprint run --file PATH`",
         )
-    with progress.task("prepare (dvc repro)"):
+    space.local.mkdir(parents=True, exist_ok=True)
+    with progress.task("prepare (dvc repro)"), FileLock(space.local / "repro.lock"):
         done = subprocess.run(
             [sys.executable, "-m", "dvc", "repro"],
             cwd=space.root, env=space.environment(), capture_output=True, text=True, check=False,

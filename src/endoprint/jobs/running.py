@@ -1,0 +1,36 @@
+"""Jobs on what runs by itself: what is up and what is next, and clearing up after a crash."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from endoprint.workspace import Workspace
+
+
+def recover(workspace: str) -> dict[str, Any]:
+    """Mark the runs of dead processes KILLED, and close a promotion that a crash cut short."""
+    space = Workspace.open(workspace)
+    from endoprint import registry, tracking
+
+    closed = tracking.sweep(space)
+    with registry.lock(space):
+        return {"closed": closed, "promotion": registry.recover(space)}
+
+
+def status(workspace: str) -> dict[str, Any]:
+    """Return what `endoprint up` keeps running here, what runs in it, what is next, what was last.
+
+    `is_running` says whether there is an `up`; without one, nothing is known of the rest.
+    """
+    space = Workspace.open(workspace)
+    from endoprint.services.prefect_api import Prefect
+    from endoprint.services.up import state_of
+
+    told = state_of(space)
+    agenda: dict[str, Any] = {"running": [], "next": [], "last": []}
+    if told["is_running"]:
+        try:
+            agenda = Prefect(told["prefect_api"]).agenda()
+        except (OSError, ValueError):
+            told["prefect_is_silent"] = True
+    return {**told, **agenda}

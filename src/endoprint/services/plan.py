@@ -1,0 +1,209 @@
+"""Which services a workspace needs, with which command, environment and address.
+
+Addresses of databases and every secret come from the environment and stay in it: a command line
+can be read by everybody on a machine.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import endoprint
+from endoprint.config import Refusal
+from endoprint.services.prefect_api import POOL, Prefect
+from endoprint.services.processes import MARK, mark_of
+from endoprint.workspace import Workspace
+
+MLFLOW_PORT, PREFECT_PORT = 5000, 4200
+LOOPBACK = "127.0.0.1"
+WORKER_RUNS = 3  # at once: a promotion that waits for a person must not keep the inbox waiting
+SERVERS_OWN = (  # a worker, and whatever it runs, has no business with these
+    "MLFLOW_AUTH_ADMIN_USERNAME", "MLFLOW_AUTH_ADMIN_PASSWORD", "MLFLOW_FLASK_SERVER_SECRET_KEY",
+    "MLFLOW_BACKEND_STORE_URI", "PREFECT_API_DATABASE_CONNECTION_URL",
+    "PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_SERVER_API_AUTH_STRING",
+)  # fmt: skip
+AUTH_SECRETS = ("MLFLOW_AUTH_ADMIN_PASSWORD", "MLFLOW_FLASK_SERVER_SECRET_KEY")
+AUTH_INI = """\
+# MLflow's basic auth; secrets are in the environment (docs/operations.md)
+[mlflow]
+default_permission = READ
+database_uri = sqlite:///{database}
+admin_username = admin
+authorization_function = mlflow.server.auth:authenticate_request_basic_auth
+"""
+
+
+@dataclass(frozen=True)
+class Service:
+    """One process to keep running, and how to tell that it does."""
+
+    name: str
+    command: tuple[str, ...]
+    environment: dict[str, str]
+    url: str  # what a person opens; empty: nothing to open
+    is_healthy: Callable[[float], bool]  # told when it was started (seconds since the epoch)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to start for a workspace, and what is somebody else's to keep running."""
+
+    space: Workspace
+    home: Path  # the checkout: where flows/ and prefect.yaml are
+    host: str
+    mlflow_port: int
+    prefect_port: int
+    allowed_hosts: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, space: Workspace, *, host: str, ports: tuple[int, int], allowed: str) -> Plan:
+        """Check what is asked for; refused where it would open a door without a lock."""
+        if host != LOOPBACK and not (_has_auth() and os.environ.get("PREFECT_API_AUTH_STRING")):
+            raise Refusal(
+                "services that other machines can reach ask for a password",
+                f"--host {host} without one",
+                "set what docs/operations.md names, or leave --host out",
+            )
+        names = tuple(name.strip() for name in allowed.split(",") if name.strip())
+        return cls(space, checkout(), host, ports[0], ports[1], names)
+
+    # -- addresses ------------------------------------------------------------------------------
+    @property
+    def mlflow_url(self) -> str:
+        """Where runs are logged: the environment's server, else the one started here."""
+        given = os.environ.get("MLFLOW_TRACKING_URI", "")
+        return given if given.startswith("http") else f"http://{LOOPBACK}:{self.mlflow_port}"
+
+    @property
+    def prefect_url(self) -> str:
+        """Prefect's API: the environment's server, else the one started here."""
+        return os.environ.get("PREFECT_API_URL") or f"http://{LOOPBACK}:{self.prefect_port}/api"
+
+    @property
+    def worker_name(self) -> str:
+        """What Prefect knows this machine's worker by, before and after a restart."""
+        return f"endoprint-{platform.node()}"
+
+    @property
+    def services(self) -> list[Service]:
+        """The servers that are ours to start, then the worker."""
+        own = []
+        if not os.environ.get("MLFLOW_TRACKING_URI", "").startswith("http"):
+            own.append(self._mlflow())
+        if not os.environ.get("PREFECT_API_URL"):
+            own.append(self._prefect())
+        return [*own, self._worker()]
+
+    def hosts(self, port: int) -> list[str]:
+        """Return the names a server answers to."""
+        names = ("127.0.0.1", "localhost", *self.allowed_hosts)
+        return [*names, *(f"{name}:{port}" for name in names)]
+
+    def environment(self) -> dict[str, str]:
+        """Return what everything started here has in common."""
+        return {
+            **self.space.environment(),
+            MARK: mark_of(self.space),
+            "ENDOPRINT_HOME": str(self.home),
+            "ENDOPRINT_WORKSPACE": str(self.space.root),
+            "PYTHONPATH": os.pathsep.join(
+                [*filter(None, [os.environ.get("PYTHONPATH")]), str(self.home)]
+            ),
+            "PYTHONUNBUFFERED": "1",
+        }
+
+    def of_worker(self) -> dict[str, str]:
+        """Return a worker's environment: it talks to servers, and knows none of their secrets."""
+        known = {key: value for key, value in self.environment().items() if key not in SERVERS_OWN}
+        return {
+            **known,
+            "MLFLOW_TRACKING_URI": self.mlflow_url,
+            "PREFECT_API_URL": self.prefect_url,
+            "PREFECT_LOGGING_LEVEL": "INFO",  # what a run's page in Prefect's UI shows
+            "PREFECT_WORKER_QUERY_SECONDS": "5",
+        }
+
+    # -- the three ------------------------------------------------------------------------------
+    def _mlflow(self) -> Service:
+        space = self.space
+        command = [sys.executable, "-m", "mlflow", "server", "--host", self.host]
+        command += ["--port", str(self.mlflow_port), "--workers", "1"]
+        command += ["--allowed-hosts", ",".join(self.hosts(self.mlflow_port))]
+        own = {
+            **self.environment(),
+            "MLFLOW_BACKEND_STORE_URI": space.tracking_uri,
+            "MLFLOW_DEFAULT_ARTIFACT_ROOT": space.artifacts,
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # four processes for what we never use
+        }
+        own.pop("MLFLOW_TRACKING_URI", None)  # it is the tracking server
+        if _has_auth():
+            command += ["--app-name", "basic-auth"]
+            own.setdefault("MLFLOW_AUTH_CONFIG_PATH", str(self._auth_ini()))
+            own.setdefault("MLFLOW_AUTH_ADMIN_USERNAME", "admin")
+        url = f"http://{LOOPBACK}:{self.mlflow_port}"
+        return Service("mlflow", tuple(command), own, url, lambda _: answers(f"{url}/health"))
+
+    def _prefect(self) -> Service:
+        url, port = f"http://{LOOPBACK}:{self.prefect_port}", str(self.prefect_port)
+        command = [sys.executable, "-m", "uvicorn", "--factory", "flows.server:app"]
+        command += ["--host", self.host, "--port", port, "--log-level", "warning"]
+        hosts = sorted({name.rpartition(":")[0] or name for name in self.hosts(0)})
+        own = {
+            **self.environment(),
+            "ENDOPRINT_ALLOWED_HOSTS": ",".join(hosts),
+            "PREFECT_API_URL": f"{url}/api",
+            "PREFECT_UI_API_URL": f"{url}/api",
+            "PREFECT_SERVER_API_HOST": self.host,
+            "PREFECT_SERVER_API_PORT": port,
+            "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{url},http://localhost:{port}",
+        }
+        api = Prefect(f"{url}/api")
+        return Service("prefect", tuple(command), own, url, lambda _: api.is_healthy())
+
+    def _worker(self) -> Service:
+        name = self.worker_name
+        command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL]
+        command += ["--type", "process", "--name", name, "--limit", str(WORKER_RUNS)]
+        api = Prefect(self.prefect_url)
+        return Service(
+            "worker", tuple(command), self.of_worker(), "",
+            lambda since: api.has_worker(name, since=since),
+        )  # fmt: skip
+
+    def _auth_ini(self) -> Path:
+        place = self.space.local / "mlflow-auth.ini"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(AUTH_INI.format(database=self.space.local / "mlflow-auth.db"))
+        return place
+
+
+def checkout() -> Path:
+    """Return the folder of flows/ and prefect.yaml: ENDOPRINT_HOME, else where this code lies."""
+    given = os.environ.get("ENDOPRINT_HOME")
+    home = Path(given) if given else Path(endoprint.__file__).parents[2]
+    if not (home / "prefect.yaml").is_file():
+        raise Refusal(
+            "schedules are in the checkout's prefect.yaml",
+            f"none in {home}",
+            "name the checkout in ENDOPRINT_HOME",
+        )
+    return home.resolve()
+
+
+def answers(url: str) -> bool:
+    """Whether a server answers there."""
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def _has_auth() -> bool:
+    return all(os.environ.get(name) for name in AUTH_SECRETS)

@@ -1,0 +1,276 @@
+"""Everything at once, in the foreground: started in order, watched, restarted, and stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+from filelock import FileLock, Timeout
+
+from endoprint import progress
+from endoprint.config import Refusal
+from endoprint.services import processes
+from endoprint.services.plan import Plan, Service
+from endoprint.services.prefect_api import Prefect
+from endoprint.workspace import Workspace
+
+PATIENCE_SECONDS = 180.0  # for a service to answer; a busy machine is slow, not wrong
+SILENT_SECONDS = 120.0  # of a service that answered before: it hangs, and is started again
+LOOK_SECONDS, CARE_SECONDS = 0.5, 10.0  # between looks at processes, and at what they answer
+LONGEST_PAUSE_SECONDS = 30.0  # between two starts of a service that keeps dying
+RECOVER = [sys.executable, "-c", "from endoprint.cli import main; main()", "recover"]
+Say = Callable[[str], None]
+
+
+@dataclass
+class Kept:
+    """A service that runs, and how it has been."""
+
+    service: Service
+    process: subprocess.Popen[bytes]
+    started: float
+    answered: float = 0.0  # seconds since the epoch; 0: not yet
+    deaths: list[float] = field(default_factory=list)
+    pause_until: float = 0.0
+
+
+class Stopped(BaseException):
+    """Ctrl-C, SIGTERM or a closed terminal: no error, so no `except Exception` may hold it up."""
+
+
+class Up:
+    """The services of one workspace, kept running until told otherwise."""
+
+    def __init__(self, plan: Plan, say: Say) -> None:
+        self.plan, self.say = plan, say
+        self.kept: list[Kept] = []
+
+    # -- start ----------------------------------------------------------------------------------
+    def begin(self) -> None:
+        """Start the servers, close what dead processes left open, register, start the worker."""
+        *servers, worker = self.plan.services
+        (self.plan.space.local / "prefect").mkdir(parents=True, exist_ok=True)
+        with progress.task("start", 4) as step:
+            # two first users of a new SQLite store would both make its tables
+            with FileLock(self.plan.space.local / "mlflow.lock"):
+                for service in servers:
+                    self._start(service)
+                self._await(servers)
+            step(note="servers answer")
+            self._child("recover", RECOVER)
+            step(note="crashes cleared up")
+            self._register()
+            step(note="deployments registered")
+            self._reap(worker_started=time.time())
+            self._start(worker)
+            self._await([worker])
+            step(note="a worker is ready")
+        self._write()
+
+    def _start(self, service: Service) -> Kept:
+        log = self.plan.space.local / "logs" / f"{service.name}.txt"
+        process = processes.start(
+            service.command, environment=service.environment, cwd=self.plan.space.local, log=log
+        )
+        kept = Kept(service, process, time.time())
+        self.kept = [*(each for each in self.kept if each.service.name != service.name), kept]
+        return kept
+
+    def _await(self, services: list[Service]) -> None:
+        names = {service.name for service in services}
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        waiting = [kept for kept in self.kept if kept.service.name in names]
+        while waiting:
+            for kept in list(waiting):
+                if kept.process.poll() is not None or time.monotonic() > deadline:
+                    raise self._failed(kept)
+                if kept.service.is_healthy(kept.started):
+                    kept.answered = time.time()
+                    waiting.remove(kept)
+            time.sleep(0.2)
+
+    def _failed(self, kept: Kept) -> Refusal:
+        name = kept.service.name
+        log = self.plan.space.local / "logs" / f"{name}.txt"
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        said = " | ".join(lines[-2:])[-300:] or "nothing"
+        return Refusal(f"{name} starts and answers", f"none; its last words: {said}", f"see {log}")
+
+    def _child(self, name: str, command: Sequence[str], cwd: Path | None = None) -> None:
+        """Run a short process with a worker's environment; a failure of it is a refusal."""
+        done = subprocess.run(
+            command, env=self.plan.of_worker(), cwd=cwd or self.plan.space.root,
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        log = self.plan.space.local / "logs" / f"{name}.txt"
+        log.write_text(done.stdout + done.stderr)
+        if done.returncode:
+            last = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+            raise Refusal(f"{name} succeeds", " | ".join(last[-2:])[-300:], f"see {log}")
+
+    def _register(self) -> None:
+        """Register prefect.yaml once: again only when it changed, so that a pause is kept."""
+        plan = self.plan
+        text = (plan.home / "prefect.yaml").read_text()
+        said = json.dumps([text, str(plan.home), str(plan.space.root), plan.prefect_url])
+        now = hashlib.sha256(said.encode()).hexdigest()
+        kept = plan.space.local / "deployments.txt"
+        known = Prefect(plan.prefect_url).deployments()
+        if known and kept.is_file() and kept.read_text() == now:
+            return
+        command = [sys.executable, "-m", "prefect", "--no-prompt"]
+        pool = ["work-pool", "create", "endoprint", "--type", "process", "--overwrite"]
+        self._child("pool", [*command, *pool])
+        self._child("deploy", [*command, "deploy", "--all"], cwd=plan.home)
+        kept.write_text(now)
+
+    # -- keep -----------------------------------------------------------------------------------
+    def keep(self) -> None:
+        """Start again what dies or hangs, and close what a dead flow run left, until stopped."""
+        cared = time.time()
+        while True:
+            time.sleep(LOOK_SECONDS)
+            for kept in list(self.kept):
+                self._look(kept)
+            if time.time() - cared >= CARE_SECONDS:
+                self._care()
+                cared = time.time()
+
+    def _look(self, kept: Kept) -> None:
+        name, code = kept.service.name, kept.process.poll()
+        if code is None:
+            return
+        if not kept.pause_until:
+            now = time.time()
+            kept.deaths = [*(at for at in kept.deaths if now - at < 600), now]
+            pause = min(2.0 ** (len(kept.deaths) - 1) - 1.0, LONGEST_PAUSE_SECONDS)
+            kept.pause_until = now + pause
+            self.say(f"{name} died (exit status {code}); it is started again")
+        if time.time() >= kept.pause_until:
+            again = self._start(kept.service)
+            again.deaths = kept.deaths
+            self._write()
+
+    def _care(self) -> None:
+        for kept in self.kept:
+            if kept.process.poll() is None and kept.service.is_healthy(kept.started):
+                kept.answered = time.time()
+            elif kept.process.poll() is None:
+                silent_since = max(kept.answered, kept.started)
+                if time.time() - silent_since > SILENT_SECONDS:
+                    self.say(f"{kept.service.name} has not answered for long; it is killed")
+                    processes.stop([psutil.Process(kept.process.pid)], patience=5)
+        worker = next(kept for kept in self.kept if kept.service.name == "worker")
+        try:
+            if self._reap(worker_started=worker.started):
+                self._child("recover", RECOVER)
+        except Refusal as refusal:
+            self.say(str(refusal))
+        except (OSError, ValueError):
+            return  # the server is being started again
+
+    def _reap(self, *, worker_started: float) -> int:
+        api = Prefect(self.plan.prefect_url)
+        reaped = api.reap(self.plan.worker_name, worker_started=worker_started)
+        for run in reaped:
+            ending = "it goes on from there" if run.is_repeated else "it is given up"
+            self.say(f"{run.deployment} ({run.name}) crashed; {ending}")
+        return len(reaped)
+
+    # -- what others read -----------------------------------------------------------------------
+    def _write(self) -> None:
+        plan = self.plan
+        told = {
+            "pid": os.getpid(),
+            "born": psutil.Process().create_time(),
+            "workspace": str(plan.space.root),
+            "mlflow": plan.mlflow_url,
+            "prefect": plan.prefect_url.removesuffix("/api"),
+            "prefect_api": plan.prefect_url,
+            "services": [
+                {
+                    "name": kept.service.name,
+                    "pid": kept.process.pid,
+                    "url": kept.service.url,
+                    "started": kept.started,
+                }
+                for kept in self.kept
+            ],
+        }
+        beside = plan.space.local / ".up.json.part"
+        beside.write_text(json.dumps(told, indent=1) + "\n")
+        os.replace(beside, plan.space.local / "up.json")
+
+
+def state_of(space: Workspace) -> dict[str, Any]:
+    """Return what `endoprint up` wrote of itself, with `is_running` as it is now."""
+    try:
+        told: dict[str, Any] = json.loads((space.local / "up.json").read_text())
+    except (OSError, ValueError):
+        return {"is_running": False, "services": []}
+    told["is_running"] = processes.is_alive(told["pid"], born=told["born"])
+    for service in told["services"]:
+        service["is_alive"] = processes.is_alive(service["pid"], born=service["started"])
+    return told
+
+
+@contextmanager
+def running(plan: Plan, say: Say) -> Iterator[Up]:
+    """Hold a workspace's services up while the block runs; nothing of them is left afterwards.
+
+    One at a time for each workspace. What an earlier one that was killed left is stopped first.
+    """
+    space = plan.space
+    space.local.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(space.local / "up.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        at = state_of(space)
+        raise Refusal(
+            "one `endoprint up` for a workspace",
+            f"one here already (process {at.get('pid')}, {at.get('mlflow')})",
+            "use that, or stop it with Ctrl-C",
+        ) from None
+    mark = processes.mark_of(space)
+    before = {each: signal.signal(each, _stopped) for each in SIGNALS}
+    warden = None
+    try:
+        processes.stop_marked(mark)
+        warden = processes.warden(mark)
+        yield Up(_with_free_ports(plan), say)
+    finally:
+        for each in SIGNALS:  # a second Ctrl-C does not leave the rest running
+            signal.signal(each, signal.SIG_IGN)
+        processes.stop_marked(mark)
+        if warden is not None:
+            warden.kill()
+            warden.wait()
+        (space.local / "up.json").unlink(missing_ok=True)
+        lock.release()
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def _stopped(number: int, frame: object) -> None:
+    raise Stopped(signal.Signals(number).name)
+
+
+def _with_free_ports(plan: Plan) -> Plan:
+    mlflow = processes.free_port(plan.mlflow_port, host=plan.host)
+    prefect = processes.free_port(plan.prefect_port, host=plan.host, taken=[mlflow])
+    return replace(plan, mlflow_port=mlflow, prefect_port=prefect)
