@@ -275,14 +275,29 @@ class ExposureModel(ABC):
         # A population's temperature needs several samples of units never fitted on; without, the
         # cells' own is the cautious choice: it treats a sample as no surer than its average cell.
         self.population_temperature = self.temperature
-        sample = valid.obs["sample"].astype(str).to_numpy() if "sample" in valid.obs else unit
-        samples = pd.DataFrame(log_softmax(evidence, axis=1)).groupby([sample, truth]).mean()
-        is_whole = self.provenance.get("is_calibration_unit_validated")
-        if is_whole and len(samples) >= FEWEST_SAMPLES:
-            labels = samples.index.get_level_values(1).to_numpy().astype(int)
-            self.population_temperature = fit_temperature(
-                samples.to_numpy(), labels, np.ones(len(labels))
-            )
+        self._calibrate_populations(valid, evidence, truth)
+
+    def _calibrate_populations(self, valid: AnnData, evidence: Array, truth: Array) -> bool:
+        """Fit the temperature of whole samples on `population_evidence`, whoever wrote it.
+
+        Returns whether validation has whole units and samples enough; else nothing is fitted.
+        """
+        named = "sample" if "sample" in valid.obs else "unit"
+        sample = valid.obs[named].astype(str).to_numpy()
+        groups = valid.obs.groupby([sample, truth], sort=True).indices
+        is_whole = bool(self.provenance.get("is_calibration_unit_validated"))
+        if not is_whole or len(groups) < FEWEST_SAMPLES:
+            return False
+        if type(self).population_evidence is ExposureModel.population_evidence:
+            log_p = log_softmax(evidence, axis=1)  # the same, without weighing the cells again
+            weighed = [log_p[rows].mean(axis=0) for rows in groups.values()]
+        else:
+            weighed = [self.population_evidence(valid[rows]) for rows in groups.values()]
+        columns = np.array([int(column) for _, column in groups])
+        self.population_temperature = fit_temperature(
+            np.stack(weighed), columns, np.ones(len(columns))
+        )
+        return True
 
     def _remember(self, train: AnnData, valid: AnnData) -> None:
         """Keep embeddings of training cells and the distance beyond which a cell is novel."""

@@ -46,7 +46,7 @@ from endoprint.calibration import fit_temperature
 from endoprint.config import Config
 from endoprint.latent import Latent
 from endoprint.metrics import balanced_weight
-from endoprint.model import FEWEST_SAMPLES, ExposureModel, State, Watch
+from endoprint.model import ExposureModel, State, Watch
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -202,28 +202,23 @@ class Transport(ExposureModel):
         return filled
 
     def _calibrate(self, valid: AnnData) -> None:
-        """Fit the temperature of cells, and one for divergences, which have a scale of their own.
+        """Fit the temperatures; where validation samples are too few, on training units left out.
 
-        On validation samples where there are enough, else on training units left out in turn.
+        Divergences have a scale of their own: the cells' temperature would say nothing of them.
         """
         super()._calibrate(valid)
-        samples = self._left_out_samples()
-        if self.provenance["is_calibration_unit_validated"]:
-            valid = valid[valid.obs["exposure"].astype(str).isin(self.exposures).to_numpy()]
-            sample = valid.obs["sample" if "sample" in valid.obs else "unit"].astype(str)
-            exposure = valid.obs["exposure"].astype(str)
-            groups = valid.obs.groupby([sample.to_numpy(), exposure.to_numpy()]).indices
-            if len(groups) >= FEWEST_SAMPLES:
-                samples = (
-                    (self.population_evidence(valid[rows]), self.exposures.index(key[1]))
-                    for key, rows in sorted(groups.items())
-                )
-        told = list(samples)
-        self._left_out = None
+        told = list(self._left_out_samples())
         if told:
             evidence = np.stack([one for one, _ in told])
             truth = np.array([column for _, column in told])
             self.population_temperature = fit_temperature(evidence, truth, np.ones(len(told)))
+        self._left_out = None
+
+    def _calibrate_populations(self, valid: AnnData, evidence: Array, truth: Array) -> bool:
+        is_fitted = super()._calibrate_populations(valid, evidence, truth)
+        if is_fitted:
+            self._left_out = None
+        return is_fitted
 
     def _left_out_samples(self) -> Iterator[tuple[Array, int]]:
         """Yield evidence and truth of training samples, their own unit barred from reference."""
