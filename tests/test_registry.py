@@ -364,7 +364,8 @@ def test_two_test_units_hold_unless_the_policy_allows_so_few(lab: Workspace) -> 
 
 
 def test_a_baseline_is_taken_from_its_newest_training_run(lab: Workspace) -> None:
-    lab.policy.write_text(POLICY + "must_beat: logistic\n")
+    # timings of milliseconds on a busy machine: size decides
+    lab.policy.write_text(POLICY + "must_beat: logistic\ncost_tolerance: 1.0\n")
     register(lab, fit_and_track(lab, model=Costly()))
     found = promote(lab)
     assert found.verdict.decision == "reject"

@@ -6,14 +6,17 @@ cells, so `dvc.yaml` has this one home; a test holds the demo's file against it.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from endoprint.config import Refusal
+from endoprint.policy import Policy
 
 DVC_YAML = """\
 # Bytes in, bytes out. Anything fitted is MLflow's; nothing here trains.
@@ -83,6 +86,17 @@ def dvc_yaml(*, has_pool: bool) -> str:
     )
 
 
+def model_card() -> str:
+    """Return the template of a model's card: what a workspace without its own uses."""
+    return (resources.files("endoprint") / "report/model_card.md").read_text()
+
+
+def policy_schema() -> str:
+    """Return the JSON schema that explains every field of a policy."""
+    schema = Policy.model_json_schema()
+    return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"
+
+
 def write_workspace(
     folder: Path, *, params: dict[str, Any], check: Sequence[str], source: Path
 ) -> None:
@@ -102,6 +116,8 @@ def write_workspace(
         + yaml.safe_dump(params, sort_keys=False, allow_unicode=True, width=95),
         "dvc.yaml": dvc_yaml(has_pool=bool(params["cells"].get("pool"))),
         "registry/policy.yaml": POLICY,
+        "registry/schemas/policy.json": policy_schema(),
+        "registry/cards/model.md": model_card(),
         ".dvc/config": DVC_CONFIG,
         ".dvcignore": ".endoprint\n",
         ".gitignore": IGNORED,

@@ -14,7 +14,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -161,6 +161,12 @@ def hash_of(values: object) -> str:
 
 def _sha256(path: Path) -> str | None:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def pretraining_units(provenance: Mapping[str, Any]) -> set[str]:
+    """Return the units that a model's backbone and vocabulary had seen before it was fitted."""
+    parts = [provenance.get(part) or {} for part in ("backbone", "vocabulary")]
+    return {str(unit) for part in parts for unit in part.get("units", [])} - {""}
 
 
 # -- code ---------------------------------------------------------------------------------------

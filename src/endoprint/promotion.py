@@ -23,7 +23,7 @@ from endoprint.curated import fingerprint, load
 from endoprint.design import Split
 from endoprint.fetched import fetch
 from endoprint.gates import Design, Evidence, Verdict, approved
-from endoprint.lineage import hash_of, metered
+from endoprint.lineage import hash_of, metered, pretraining_units
 from endoprint.model import ExposureModel
 from endoprint.policy import Policy, read_policy
 from endoprint.registry import CANDIDATE, Version
@@ -205,11 +205,10 @@ def _contender(version: Version, model: ExposureModel) -> Contender:
 def _known(model: ExposureModel, label: str, split_hash: str) -> Evidence:
     """Return what is known of a model before the test units open, from its own checked files."""
     # what a backbone or vocabulary was fitted on counts as seen (judging rule 2)
-    parts = [model.provenance.get(part) or {} for part in ("backbone", "vocabulary")]
     seen = {
         *model.provenance.get("training_units", []),
         *model.provenance.get("validation_units", []),
-        *(unit for part in parts for unit in part.get("units", [])),
+        *pretraining_units(model.provenance),
     }
     return Evidence(
         label=label,

@@ -121,6 +121,12 @@ def _tell_registered(workspace: Workspace, version: Version) -> None:
     tell(workspace, "register", told)
 
 
+def is_described(workspace: Workspace, version: Version) -> bool:
+    """Return whether a version has its card."""
+    found = tracking.client(workspace).get_model_version(version.name, version.version)
+    return bool(found.description)
+
+
 def describe(workspace: Workspace, version: Version, text: str) -> None:
     """Show a version's card as its description, and keep it with the run it comes from."""
     store = tracking.client(workspace)

@@ -48,6 +48,12 @@ def read_record(workspace: Workspace, run_id: str, name: str) -> Any:
         return json.loads(path.read_text())
 
 
+def read_text(workspace: Workspace, run_id: str, name: str) -> str:
+    """Return a file of text that a run kept."""
+    with tempfile.TemporaryDirectory() as scratch:
+        return _download(workspace, run_id, name, scratch).read_text()
+
+
 def read_table(workspace: Workspace, run_id: str, name: str) -> pd.DataFrame:
     """Return a table that a run kept with `Run.table`; its first column is the index."""
     with tempfile.TemporaryDirectory() as scratch:

@@ -20,12 +20,24 @@ from endoprint.jobs.data import (
     tokenise,
     tokenize_file,
 )
+from endoprint.jobs.deciding import (
+    approve,
+    card,
+    promote,
+    register,
+    retire,
+    rollback,
+    waits_for_approval,
+)
 from endoprint.jobs.embedding import embed
 from endoprint.jobs.fitting import figures_of, leaderboard, pretrain, train
-from endoprint.jobs.live import gc, promote, register, retire, rollback, score
+from endoprint.jobs.live import gc, score
 from endoprint.jobs.nights import end_night, night, wants_pretraining
+from endoprint.jobs.records import history, lineage, plan, seen, verify, who
+from endoprint.jobs.reproducing import reproduce
 from endoprint.jobs.running import recover, status
 from endoprint.jobs.searching import search, search_result
+from endoprint.jobs.sharing import pull
 from endoprint.jobs.story import (
     Step,
     last_screen,
@@ -37,31 +49,39 @@ from endoprint.jobs.story import (
 
 __all__ = [
     "Step",
+    "approve",
     "attach",
     "audit",
     "audit_file",
+    "card",
     "check",
     "curate",
     "embed",
     "end_night",
     "figures_of",
     "gc",
+    "history",
     "init",
     "last_screen",
     "leaderboard",
     "leaderboard_screen",
+    "lineage",
     "model_names",
     "night",
+    "plan",
     "prepare",
     "pretrain",
     "promote",
+    "pull",
     "recover",
     "register",
+    "reproduce",
     "retire",
     "rollback",
     "score",
     "search",
     "search_result",
+    "seen",
     "simulate",
     "simulate_to",
     "split",
@@ -72,5 +92,8 @@ __all__ = [
     "tokenise",
     "tokenize_file",
     "train",
+    "verify",
+    "waits_for_approval",
     "wants_pretraining",
+    "who",
 ]

@@ -119,7 +119,7 @@ def train(workspace: str, *, model: str, tuned: str = "") -> str:
     figures, tables, lineage and the fitted model.
     """
     space = Workspace.open(workspace)
-    from endoprint import artefact, judge, tracking
+    from endoprint import artefact, identity, judge, tracking
     from endoprint.cells import md5
     from endoprint.lineage import metered
     from endoprint.model import model_class
@@ -142,7 +142,12 @@ def train(workspace: str, *, model: str, tuned: str = "") -> str:
             name=model,
             kind="train",
             model=model,
-            tags={"tuned": n_trials > 0, "tuned_trials": n_trials, "cells_md5": md5(space.cells)},
+            tags={
+                "tuned": n_trials > 0,
+                "tuned_trials": n_trials,
+                "cells_md5": md5(space.cells),
+                "trainer": identity.known_as(space.tracking_uri),
+            },
         ) as run,
         work_folder(space, job, run.run_id) as work,
     ):
@@ -199,7 +204,7 @@ def _log_origin(
 ) -> None:  # fmt: skip
     """Say which cells, units, code and base model the run's figures and model come from."""
     from endoprint.cells import md5
-    from endoprint.lineage import BaseModelUsed, Lineage
+    from endoprint.lineage import BaseModelUsed, Lineage, pretraining_units
 
     unit = cells.obs["unit"].astype(str)
     backbone = final.provenance.get("backbone")
@@ -215,6 +220,7 @@ def _log_origin(
             "validation": sorted(set(unit.iloc[parts.valid])),
             "development": split.development,
             "test": split.test,
+            "pretraining": sorted(pretraining_units(final.provenance)),
         },
         split_hash=split.hash,
         base_model=BaseModelUsed(label="; ".join(said), sha256=backbone["sha256"])

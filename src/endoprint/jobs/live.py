@@ -1,4 +1,4 @@
-"""Jobs on what is live: register, promote, score, gc."""
+"""Jobs with what is live: score, gc."""
 
 from __future__ import annotations
 
@@ -8,60 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from endoprint import progress
-from endoprint.config import Refusal
 from endoprint.jobs.data import write_json
-from endoprint.jobs.materials import latest_fits
 from endoprint.workspace import Workspace
-
-
-def register(workspace: str, *, run_id: str = "") -> str:
-    """Make a run's model (the leader's, unless told) `@candidate`; return its version."""
-    space = Workspace.open(workspace)
-    from endoprint import registry
-
-    if not run_id:
-        board = space.local / "leaderboard.json"
-        if not board.is_file():
-            raise Refusal(
-                "a candidate comes from the leaderboard",
-                "none here yet",
-                "run `endoprint train`, then `endoprint leaderboard`",
-            )
-        ranked = [each["run_id"] for each in json.loads(board.read_text())["models"]]
-        if set(ranked) != set(latest_fits(space)["run_id"]):
-            raise Refusal(
-                "a candidate leads a leaderboard of the newest fits",
-                "one from before the newest fit, cells or split",
-                "run `endoprint leaderboard` first",
-            )
-        run_id = ranked[0]
-    return str(registry.register(space, run_id).version)
-
-
-def promote(workspace: str, *, version: str = "") -> str:
-    """Judge a version on the test units by the policy; return the verdict's path (JSON)."""
-    space = Workspace.open(workspace)
-    from endoprint import promotion
-
-    with progress.task("promote"):
-        found = promotion.promote(space, version)
-    return write_json(space.local / "verdict.json", found.to_json())
-
-
-def retire(workspace: str, *, why: str) -> dict[str, str]:
-    """Take the champion down without a successor: the way on when task or split changed."""
-    space = Workspace.open(workspace)
-    from endoprint import registry
-
-    return {"retired": registry.retire(space, why=why).label}
-
-
-def rollback(workspace: str, *, version: str = "") -> dict[str, str]:
-    """Make an earlier champion live again, the last one unless told."""
-    space = Workspace.open(workspace)
-    from endoprint import registry
-
-    return {"champion": registry.rollback(space, version).label}
 
 
 def score(workspace: str, *, file: str, out: str, model: str = "") -> str:

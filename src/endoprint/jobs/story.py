@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from endoprint.config import Params
-from endoprint.jobs import data, fitting, live, searching
+from endoprint.jobs import data, deciding, fitting, live, searching
 from endoprint.jobs.data import write_json
 from endoprint.workspace import Workspace
 
@@ -54,8 +54,8 @@ def story_steps(workspace: str) -> list[Step]:
     ]
     steps += [
         Step("leaderboard", fitting.leaderboard),
-        Step("register", live.register),
-        Step("promote", live.promote),
+        Step("register", deciding.register),
+        Step("promote", deciding.promote),
     ]
     if params.score:
         steps += [Step("score", live.score_if_live, {"file": params.score, "out": SCORES})]

@@ -5,7 +5,7 @@ figures, HTML, markdown and terminal text come out.
 """
 
 from endoprint.report.board import Board, design_notes, sentence, verdict
-from endoprint.report.card import model_card
+from endoprint.report.card import model_card, origins
 from endoprint.report.figures import (
     call_shares,
     confusion,
@@ -30,6 +30,7 @@ __all__ = [
     "leaderboard",
     "leaderboard_page",
     "model_card",
+    "origins",
     "pareto",
     "per_unit",
     "png",

@@ -64,7 +64,7 @@ def model_card(
         "by_unit": _pairs(by_unit) or "no independent unit was held out.",
         "f1": _pairs(f1) or "not computed.",
         "reasons": bullets([str(reason) for reason in verdict.get("reasons", [])]),
-        "lineage": bullets([f"{key}: {value}" for key, value in _origins(lineage).items()]),
+        "lineage": bullets([f"{key}: {value}" for key, value in origins(lineage).items()]),
         "licence": quoted(row.licence) if row else "see its source",
         "citation": quoted(row.citation) if row else "see its source",
     }
@@ -116,7 +116,7 @@ def _number(value: float | None) -> str:
     return "not known" if value is None or not math.isfinite(value) else f"{value:.3f}"
 
 
-def _origins(lineage: Mapping[str, Any]) -> dict[str, str]:
+def origins(lineage: Mapping[str, Any]) -> dict[str, str]:
     """Return the lineage in a reader's words; long tables of versions stay in the run."""
     dirty = " with uncommitted changes" if lineage.get("is_dirty") else ""
     units = {
