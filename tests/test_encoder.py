@@ -419,6 +419,92 @@ def test_a_loss_that_is_not_finite_stops_with_where_and_what_to_do():
         made.run(silent)
 
 
+class Small:
+    """Memory for so many cells at a time: more of them raise what an allocator raises."""
+
+    def __init__(self, made: Loop, room: int, error: Exception, *, on_the_way_back: bool) -> None:
+        self.asked: list[int] = []
+        self._network, self._pool = made.network, made.network.pool
+        self._room, self._error = room, error
+        self._on_the_way_back = on_the_way_back
+        made.network.pool = self
+
+    def __call__(self, minibatch):
+        if not self._network.training:
+            return self._pool(minibatch)
+        n_cells = len(minibatch.cells_B)
+        self.asked.append(n_cells)
+        if n_cells <= self._room:
+            return self._pool(minibatch)
+        if not self._on_the_way_back:
+            raise self._error
+        pooled = self._pool(minibatch)
+        pooled.register_hook(self._run_out)
+        return pooled
+
+    def _run_out(self, gradient):
+        raise self._error
+
+
+CPU_ERROR = RuntimeError(
+    "[enforce fail at alloc_cpu.cpp:127] data. DefaultCPUAllocator: can't allocate memory: you "
+    "tried to allocate 99999999999 bytes. Error code 12 (Cannot allocate memory)"
+)
+
+
+@pytest.mark.parametrize("on_the_way_back", [False, True])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), CPU_ERROR])
+def test_memory_that_runs_out_halves_what_is_read_at_a_time_and_changes_no_step(
+    error, on_the_way_back
+):
+    plenty = loop(vector_dropout=0.3)
+    plenty.run(silent)
+    made = loop(vector_dropout=0.3)
+    memory = Small(made, 4, error, on_the_way_back=on_the_way_back)
+    made.run(silent)
+    assert list(dict.fromkeys(memory.asked)) == [12, 6, 3]
+    assert max(memory.asked[memory.asked.index(3) :]) == 3
+    planned = loop(vector_dropout=0.3)
+    planned.steps.portions.most = 3
+    planned.run(silent)
+    for key, tensor in weights(made).items():
+        assert torch.allclose(tensor, weights(planned)[key], atol=1e-6), key
+    # the same steps as without portions too, but for the order of sums, which Adam magnifies
+    for ours, theirs in zip(made.progress.history, plenty.progress.history):
+        assert ours == pytest.approx(theirs, abs=1e-4)
+
+
+def test_the_cells_that_fit_at_a_time_are_remembered_by_a_run_taken_up(tmp_path):
+    class Killed(Exception): ...
+
+    def kill(epoch, metrics):
+        raise Killed
+
+    made = loop(work=tmp_path)
+    Small(made, 4, CPU_ERROR, on_the_way_back=False)
+    with pytest.raises(Killed):
+        made.run(kill)
+    again = loop(work=tmp_path)
+    memory = Small(again, 4, CPU_ERROR, on_the_way_back=False)
+    again.run(silent)
+    assert memory.asked[0] == 3
+
+
+def test_where_not_one_cell_fits_it_gives_up_in_a_line():
+    made = loop()
+    memory = Small(made, 0, CPU_ERROR, on_the_way_back=False)
+    with pytest.raises(Refusal, match=r"one cell at a time; got .*DefaultCPUAllocator"):
+        made.run(silent)
+    assert memory.asked == [12, 6, 3, 2, 1]
+
+
+def test_another_error_is_no_lack_of_memory():
+    made = loop()
+    Small(made, 0, RuntimeError("shapes cannot be multiplied"), on_the_way_back=False)
+    with pytest.raises(RuntimeError, match="shapes"):
+        made.run(silent)
+
+
 def test_the_best_epoch_is_restored_and_stops_the_run_early(monkeypatch):
     made = loop(RECIPE.model_copy(update={"epochs": 20, "patience": 3}))
     losses = iter([0.5, 0.1, 0.9, 0.8, 0.7, 0.2])

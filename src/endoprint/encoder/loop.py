@@ -6,7 +6,7 @@ Shapes: B cells, E exposures.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,16 @@ from scipy.special import log_softmax
 from sklearn.metrics import f1_score
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint as checkpointed
 
 from endoprint.bins import Binned
 from endoprint.calibration import fit_temperature
-from endoprint.config import Refusal
 from endoprint.encoder import checkpoint
-from endoprint.encoder.minibatches import Layout, Sentences, assemble, plan
+from endoprint.encoder.minibatches import Layout, Minibatch, Sentences, assemble, plan
 from endoprint.encoder.network import Put, Reader, answer, as_it_is
 from endoprint.encoder.recipe import Recipe, schedule_of
+from endoprint.encoder.step import Losses, Steps
+from endoprint.encoder.team import Team, TeamNorm, here
 from endoprint.model import Watch
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -71,9 +73,11 @@ class Loop:
         *,
         seed: int,
         work: Path | None = None,
+        team: Team | None = None,
     ) -> None:
         self.network, self.train, self.valid = network, train, valid
         self.recipe, self.layout, self.seed = recipe, layout, seed
+        self.team = team or here()
         self.device = network.head.weight.device
         n_exposures = network.head.out_features
         n_cells = np.bincount(train.truth, minlength=n_exposures)
@@ -83,6 +87,7 @@ class Loop:
         self.epochs = recipe.epochs_for(self._steps)
         network.freeze(recipe.frozen_layers)
         self.optimizer = _optimizer(network, recipe)
+        self.steps = Steps(network, self.optimizer, clip=recipe.clip, team=self.team)
         n_steps = self._steps * self.epochs
         self._factor = schedule_of(recipe.schedule, n_steps, recipe.warmup_share)
         self._peaks = [group["lr"] for group in self.optimizer.param_groups]
@@ -99,11 +104,15 @@ class Loop:
         self._resume()
         for epoch, metrics in enumerate(self.progress.history, start=1):
             watch(epoch, metrics)
+        alone = self.network.standardise
+        if self.team.size > 1:
+            self.network.standardise = TeamNorm.over(alone)
         while self.progress.epoch < self.epochs and not self.progress.has_stopped:
-            metrics = {"train_loss": self._one_epoch(), **self._validate()}
+            metrics = self.team.told({"train_loss": self._one_epoch(), **self._validate()})
             self._judge(metrics)
             self._keep()
             watch(self.progress.epoch, metrics)
+        self.network.standardise = alone
         if self.best:
             self.network.load_state_dict(self.best)
         self.network.eval()
@@ -114,43 +123,71 @@ class Loop:
         lengths = np.diff(self.train.tokens.offsets)
         rng = np.random.default_rng([self.seed, epoch])
         cells, tokens = self.recipe.minibatch_cells, self.recipe.minibatch_tokens
-        # at least two: one cell alone has no spread to be standardised by
-        return plan(lengths, cells=cells, tokens=tokens, least=2, rng=rng)
+        # at least two: one cell alone has no spread to be standardised by; and one per process
+        least = max(2, self.team.size)
+        return plan(lengths, cells=cells, tokens=tokens, least=least, rng=rng)
 
     def _one_epoch(self) -> float:
         epoch = self.progress.epoch
         planned = self._plan(epoch)
         rng = np.random.default_rng([self.seed, epoch, 1])
-        total = 0.0
+        losses = Losses(epoch, "lower lr and votes_lr, or set precision to fp32")
         self.network.train()
         on_gpu = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=on_gpu):
-            torch.manual_seed(self.seed * 1_000_003 + epoch)
+            # what is dropped differs between the cells of a team's processes
+            torch.manual_seed(self.seed * 1_000_003 + epoch + self.team.rank * 10_000_019)
             for number, cells in enumerate(planned):
                 self._set_rate(epoch + number / len(planned))
-                total += self._step(cells, rng, f"epoch {epoch + 1}, step {number + 1}")
-        return total / len(planned)
+                losses.add(self._step(cells, rng))
+            return losses.mean()
 
-    def _step(self, cells: Array, rng: np.random.Generator, where: str) -> float:
-        assembled = assemble(self.train.tokens, cells, self.layout, rng)
-        minibatch = self.train.put(assembled).to(self.device)
-        truth_B = torch.from_numpy(self.train.truth[cells]).to(self.device)
-        logits_BE, _ = self.network(minibatch)
+    def _step(self, cells: Array, rng: np.random.Generator) -> Tensor:
+        minibatch = assemble(self.train.tokens, cells, self.layout, rng)
+        if self.team.size > 1:
+            mine = self.team.mine(len(cells))
+            minibatch = minibatch.take(mine)
+        minibatch = self.train.put(minibatch)
+        truth_B = torch.from_numpy(self.train.truth[minibatch.cells_B]).to(self.device)
+
+        def gradients(most: int) -> Tensor:
+            return self._gradients(minibatch, truth_B, len(cells), most)
+
+        return self.steps.take(len(truth_B), gradients)
+
+    def _gradients(self, minibatch: Minibatch, truth_B: Tensor, n_cells: int, most: int) -> Tensor:
+        """Leave the gradients of this process's cells of `n_cells`; return their part of the loss.
+
+        What needs memory, reading the cells, stands apart from weighing them, which is done for
+        all at once: batch normalisation, of all processes' cells if there are several.
+        """
+        with self.team.as_one():
+            if most >= len(truth_B):
+                whole = minibatch.to(self.device)
+                pooled_BD = self.network.pool(whole)
+            else:
+                whole = replace(minibatch, states_RTD=None).to(self.device)
+                portions = minibatch.portions(most)
+                pooled_BD = torch.cat([self._pool_lightly(each) for each in portions])
+        leaf_BD = pooled_BD.detach().requires_grad_()
+        logits_BE, _ = self.network.weigh(leaf_BD, whole)
         # divided by the cells, not by their weights: a cell weighs the same in every minibatch
         summed = functional.cross_entropy(logits_BE, truth_B, self.weight_E, reduction="sum")
-        loss = summed / len(cells)
-        value = float(loss.detach())
-        if not np.isfinite(value):
-            raise Refusal(
-                "the training loss must stay finite",
-                f"{value} at {where}",
-                "lower lr and votes_lr, or set precision to fp32",
-            )
-        self.optimizer.zero_grad(set_to_none=True)
+        loss = summed / n_cells
         loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.clip)
-        self.optimizer.step()
-        return value
+        with self.team.as_one():
+            if pooled_BD.requires_grad:
+                pooled_BD.backward(leaf_BD.grad)  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    def _pool_lightly(self, portion: Minibatch) -> Tensor:
+        """Pool cells, forgetting how: it is done again when gradients are wanted."""
+
+        def pool(cells: Minibatch) -> Tensor:
+            return self.network.pool(cells.to(self.device))
+
+        pooled_BD: Tensor = checkpointed(pool, portion, use_reentrant=False)
+        return pooled_BD
 
     def _set_rate(self, epochs_done: float) -> None:
         factor = self._factor(int(epochs_done * self._steps))
@@ -208,7 +245,7 @@ class Loop:
         return digest.hexdigest()
 
     def _keep(self) -> None:
-        if self.path is None:
+        if self.path is None or not self.team.is_lead:
             return
         progress = self.progress
         values = {
@@ -219,6 +256,7 @@ class Loop:
             "best_loss": progress.best_loss if progress.best_epoch else None,
             "has_stopped": progress.has_stopped,
             "history": progress.history,
+            "cells_at_a_time": self.steps.portions.most,
         }
         checkpoint.save(self.path, values, self.network, self.optimizer, self.best)
 
@@ -226,9 +264,11 @@ class Loop:
         if self.path is None:
             return
         found = checkpoint.resume(self.path, self._run, self.network, self.optimizer)
+        self.team.refuse_unless_alike(found is not None)
         if found is None:
             return
         values, self.best = found
+        self.steps.portions.most = values["cells_at_a_time"]
         self.progress = Progress(
             epoch=int(values["epoch"]),
             best_epoch=int(values["best_epoch"]),

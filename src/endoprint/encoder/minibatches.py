@@ -60,9 +60,11 @@ class Minibatch:
     states_RTD: Tensor | None = None  # where learning begins, if they are known already
 
     def to(self, device: torch.device) -> Minibatch:
-        """Return the same minibatch on a device."""
+        """Return the same minibatch on a device; a GPU fetches it while it computes."""
 
         def move(tensor: Tensor) -> Tensor:
+            if device.type == "cuda" and tensor.device.type == "cpu":
+                tensor = tensor.pin_memory()
             return tensor.to(device, non_blocking=True)
 
         return Minibatch(
@@ -78,6 +80,45 @@ class Minibatch:
             levels_RT=None if self.levels_RT is None else move(self.levels_RT),
             states_RTD=None if self.states_RTD is None else move(self.states_RTD),
         )
+
+    def take(self, chosen: Array) -> Minibatch:
+        """Return some of its cells, by their places in it (rising), before it went to a device."""
+        owner_R, starts_B = self.owner_R.numpy(), self.starts_B.numpy()
+        lengths_B = np.diff(np.append(starts_B, len(self.ids_N)))
+        rows = np.isin(owner_R, chosen)
+        tokens = np.isin(np.repeat(np.arange(len(starts_B)), lengths_B), chosen)
+        n_columns = self.ids_RT.shape[1]
+        mask_RT = None if self.mask_RT is None else self.mask_RT[rows]
+        if mask_RT is not None:  # padding that was another cell's goes
+            n_columns = int(mask_RT.sum(1).max())
+            mask_RT = None if mask_RT[:, :n_columns].all() else mask_RT[:, :n_columns]
+
+        def cut(tensor: Tensor) -> Tensor:
+            return tensor[rows, :n_columns]
+
+        return Minibatch(
+            cells_B=self.cells_B[chosen],
+            ids_RT=cut(self.ids_RT),
+            positions_RT=cut(self.positions_RT),
+            weights_RT=cut(self.weights_RT),
+            mask_RT=mask_RT,
+            owner_R=torch.from_numpy(np.searchsorted(chosen, owner_R[rows])),
+            ids_N=self.ids_N[tokens],
+            rank_weights_N=self.rank_weights_N[tokens],
+            starts_B=torch.from_numpy(np.cumsum(lengths_B[chosen]) - lengths_B[chosen]),
+            levels_RT=None if self.levels_RT is None else cut(self.levels_RT),
+            states_RTD=None if self.states_RTD is None else cut(self.states_RTD),
+        )
+
+    def portions(self, most: int) -> list[Minibatch]:
+        """Return it in portions of at most so many cells; itself, where that is all."""
+        n_cells = len(self.cells_B)
+        if most >= n_cells:
+            return [self]
+        return [
+            self.take(np.arange(start, min(start + most, n_cells)))
+            for start in range(0, n_cells, most)
+        ]
 
 
 def plan(
