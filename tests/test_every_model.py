@@ -26,6 +26,7 @@ SMALL: dict[str, dict[str, object]] = {
 OTHER_MINIBATCH: dict[str, dict[str, object]] = {
     "geneformer": {"minibatch_cells": 3, "minibatch_tokens": 256},
     "scgpt": {"minibatch_cells": 3, "minibatch_tokens": 256},
+    "probe": {"minibatch_cells": 3, "minibatch_tokens": 256},
 }
 
 EXPOSURES = ["DMSO", "LIVER-X_AGONIST", "RET_AGONIST"]

@@ -69,6 +69,9 @@ class Config(BaseModel):
             return cls(**values)
         except ValidationError as error:
             first = error.errors()[0]
+            said = first.get("ctx", {}).get("error")
+            if isinstance(said, Refusal):  # of fields that contradict each other
+                raise Refusal(f"{where}: {said.rule}", said.got, said.remedy) from None
             field = ".".join(str(part) for part in first["loc"]) or "value"
             known = ", ".join(cls.model_fields)
             raise Refusal(

@@ -13,12 +13,14 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
 import pandas as pd
 from anndata import AnnData
+from pydantic import create_model
 from safetensors.numpy import load_file, save_file
 from scipy.spatial.distance import cdist
 from scipy.special import log_softmax, softmax
@@ -99,6 +101,22 @@ class ExposureModel(ABC):
         self.drift_reference: dict[str, Any] = {}  # what the validation cells were like
         self.provenance: dict[str, Any] = {}  # what fit saw: units, cells, backbone
         self._reference: Array | None = None  # embeddings of training cells, for novelty
+
+    @classmethod
+    def as_row(cls, name: str, overrides: dict[str, Any]) -> type[Self]:
+        """Return this model under another name, with other defaults: a row, not a file."""
+        fields: dict[str, Any] = {
+            key: (cls.Config.model_fields[key].rebuild_annotation(), value)
+            for key, value in overrides.items()
+        }
+        config = create_model(
+            f"{cls.Config.__name__}As{name.title()}", __base__=cls.Config, **fields
+        )
+        return type(
+            name.title(),
+            (cls,),
+            {"name": name, "Config": config, "__doc__": cls.__doc__, "__module__": cls.__module__},
+        )
 
     # -- what each model writes -----------------------------------------------------------------
     @abstractmethod
@@ -340,6 +358,7 @@ class Row:
     licence: str
     citation: str
     needs: str = "nothing beyond endoprint"
+    overrides: tuple[tuple[str, Any], ...] = ()  # defaults that are this row's, not the Config's
 
 
 TABLE: dict[str, Row] = {
@@ -387,6 +406,15 @@ TABLE: dict[str, Row] = {
         "Cui 2024, Nature Methods 21:1470",
         "a checkpoint folder (args.json, vocab.json, weights), else it starts from scratch",
     ),
+    "probe": Row(
+        "endoprint.models.geneformer:Geneformer",
+        "logistic regression on an encoder's vectors: what it knew before any fine-tuning",
+        "seconds",
+        "Apache-2.0",
+        "Alain & Bengio 2016, arXiv 1610.01644",
+        "a backbone that was pre-trained, else its vectors are random",
+        overrides=(("head_only", True), ("has_votes", False)),
+    ),
     "transport": Row(
         "endoprint.models.transport:Transport",
         "entropic optimal transport with frozen potentials: a kernel density on the latent",
@@ -416,9 +444,14 @@ def model_class(name: str) -> type[ExposureModel]:
     """Return the class of a row, importing its module only now."""
     if name not in TABLE:
         raise Refusal("a model stands in the table", name, f"one of {', '.join(TABLE)}")
-    module, _, cls = TABLE[name].cls.partition(":")
+    return _class_of(name, TABLE[name])
+
+
+@cache
+def _class_of(name: str, row: Row) -> type[ExposureModel]:
+    module, _, cls = row.cls.partition(":")
     found: type[ExposureModel] = getattr(importlib.import_module(module), cls)
-    return found
+    return found.as_row(name, dict(row.overrides)) if row.overrides else found
 
 
 def load(folder: str | Path) -> ExposureModel:

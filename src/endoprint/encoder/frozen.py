@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,39 @@ def states_of(
     lengths = np.diff(tokens.offsets)
     held = _hold(network, tokens, store, kind, lengths, width, compute)
     return States(network, tokens, held)
+
+
+def vectors_of(
+    network: Reader,
+    tokens: Sentences,
+    layout: Layout,
+    store: Activations | None,
+    *,
+    minibatch_tokens: int,
+) -> Array:
+    """Return the pooled vector of every cell, (n, D) float32, all its rows read."""
+    width, lengths = network.head.in_features, np.diff(tokens.offsets)
+    whole = replace(layout, share=1.0, max_rows=0)
+
+    def compute(cells: Array) -> Array:
+        found = np.empty((len(cells), width), dtype=np.float32)
+        for chosen in plan(lengths[cells], cells=256, tokens=minibatch_tokens):
+            minibatch = assemble(tokens, cells[chosen], whole)
+            found[chosen] = network.pool(minibatch.to(network.head.weight.device)).cpu().numpy()
+        return found
+
+    one_each = np.ones(len(lengths), dtype=np.int64)
+    if store is None:
+        store = Activations(Path(), gib=0.0)  # keeps nothing
+    kind = _kind(network, "vectors", layout.block, layout.pooling, layout.has_specials)
+    held = _hold(network, tokens, store, kind, one_each, width, compute)
+    is_absent = np.array([not held.has(cell) for cell in range(len(lengths))], dtype=bool)
+    vectors = np.empty((len(lengths), width), dtype=np.float32)
+    with torch.inference_mode(), progress.task("read cells", int(is_absent.sum())):
+        vectors[is_absent] = compute(np.flatnonzero(is_absent))
+    for cell in np.flatnonzero(~is_absent):
+        vectors[cell] = held.rows(int(cell), slice(None))[0]
+    return vectors
 
 
 def _hold(

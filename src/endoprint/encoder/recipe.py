@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import torch
 from optuna.distributions import FloatDistribution
+from pydantic import model_validator
 
-from endoprint.config import Config
+from endoprint.config import Config, Refusal
 from endoprint.encoder.activations import Precision as CachePrecision
 from endoprint.encoder.minibatches import Layout
 from endoprint.encoder.pooling import Pooling
@@ -47,10 +48,42 @@ class Recipe(Config):
     minibatch_cells: int = 32  # cells per training step
     minibatch_tokens: int = 65_536  # most tokens per minibatch: bounds memory
     frozen_layers: int = 0  # counted from the input, embeddings included
+    head_only: bool = False  # the encoder at rest, logistic regression on its vectors; no votes
+    head_penalty: float | None = None  # of that regression, per cell; none: by validation cells
     # what frozen layers say of a cell is kept on disk, where the workspace has a place for it:
     cache_gib: float = 4.0  # of all fits together, least recently used first to go; 0: not kept
     cache_precision: CachePrecision = "fp32"  # fp16: half the room, answers differ by some 1e-3
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 elsewhere
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        self.refuse_contradictions()
+        return self
+
+    def refuse_contradictions(self) -> None:
+        """Refuse levers that undo each other."""
+        for is_wrong, rule, got, remedy in (
+            (
+                self.pooling == "cls" and self.block > 0,
+                "first-position pooling needs the whole cell in one row",
+                f"block {self.block}",
+                "set block to 0, or pool by rank or mean",
+            ),
+            (
+                self.head_only and self.has_votes,
+                "a head alone reads the encoder's vectors and nothing else",
+                "head_only with has_votes",
+                "set has_votes to false",
+            ),
+            (
+                self.head_only and self.frozen_layers > 0,
+                "a head alone freezes every layer",
+                f"head_only with frozen_layers {self.frozen_layers}",
+                "leave frozen_layers at 0",
+            ),
+        ):
+            if is_wrong:
+                raise Refusal(rule, got, remedy)
 
     def layout(self, *, has_specials: bool) -> Layout:
         """Return how cells are laid out in rows."""

@@ -16,9 +16,9 @@ import torch
 from anndata import AnnData
 from torch import nn
 
-from endoprint.config import Refusal
-from endoprint.encoder.activations import Activations
-from endoprint.encoder.frozen import states_of
+from endoprint.encoder.activations import Activations, Precision
+from endoprint.encoder.frozen import states_of, vectors_of
+from endoprint.encoder.head import Vectors, fit_head
 from endoprint.encoder.loop import Lesson, Loop
 from endoprint.encoder.minibatches import Layout, Sentences
 from endoprint.encoder.network import Answers, Reader, answer
@@ -63,19 +63,38 @@ class EncoderModel(ExposureModel):
 
     # -- fitting --------------------------------------------------------------------------------
     def _learn(self, train: AnnData, valid: AnnData, watch: Watch, work: Path | None) -> None:
-        if self.config.pooling == "cls" and self.config.block:
-            raise Refusal(
-                "first-position pooling needs the whole cell in one row",
-                f"block {self.config.block}",
-                "set block to 0, or pool by rank or mean",
-            )
+        self.config.refuse_contradictions()
         known = valid.obs["exposure"].astype(str).isin(self.exposures).to_numpy()
         encoder, about = self._begin(train)
         learned, checked = self._lesson(train), self._lesson(valid[known])
         genes_per_cell = max(float(np.diff(learned.tokens.offsets).mean()) - self.n_more, 1.0)
         self._network = self._network_of(encoder, genes_per_cell=genes_per_cell)
+        if self.config.head_only:
+            said = self._learn_head(learned, checked, watch)
+        else:
+            said = self._learn_all(learned, checked, watch, work)
+        self.provenance |= about | said
+        if self.config.has_votes:
+            self.provenance["note"] = (
+                f"each gene also votes directly, which is no part of {type(self).__name__}"
+            )
+
+    def _learn_all(
+        self, learned: Lesson, checked: Lesson, watch: Watch, work: Path | None
+    ) -> dict[str, Any]:
         self._network.freeze(self.config.frozen_layers)
-        learned, checked = self._with_states([learned, checked])
+        store = self._store(self.config.cache_precision)
+        if self.config.frozen_layers and store is not None:
+            tokens = self.config.minibatch_tokens
+            learned, checked = (
+                replace(
+                    lesson,
+                    put=states_of(
+                        self._network, lesson.tokens, self._layout, store, minibatch_tokens=tokens
+                    ).put,
+                )
+                for lesson in (learned, checked)
+            )
         loop = Loop(
             self._network,
             learned,
@@ -86,32 +105,30 @@ class EncoderModel(ExposureModel):
             work=work,
         )
         progress = loop.run(watch)
-        self.provenance |= about | {"epochs": progress.epoch, "best_epoch": progress.best_epoch}
-        if self.config.has_votes:
-            self.provenance["note"] = (
-                f"each gene also votes directly, which is no part of {type(self).__name__}"
+        return {"epochs": progress.epoch, "best_epoch": progress.best_epoch}
+
+    def _learn_head(self, learned: Lesson, checked: Lesson, watch: Watch) -> dict[str, Any]:
+        self._network.freeze(len(self._network.stages()[1]))
+        store, tokens = self._store("fp32"), self.config.minibatch_tokens
+        train, valid = (
+            Vectors(
+                vectors_of(
+                    self._network, lesson.tokens, self._layout, store, minibatch_tokens=tokens
+                ),
+                lesson.truth,
             )
+            for lesson in (learned, checked)
+        )
+        return fit_head(self._network, train, valid, penalty=self.config.head_penalty, watch=watch)
+
+    def _store(self, precision: Precision) -> Activations | None:
+        """Return where what frozen layers say is kept; None where it may not be."""
+        gib, folder = self.config.cache_gib, self.resources.activations
+        return Activations(folder, gib=gib, precision=precision) if folder and gib else None
 
     def _lesson(self, cells: AnnData) -> Lesson:
         truth = pd.Index(self.exposures).get_indexer(pd.Index(cells.obs["exposure"].astype(str)))
         return Lesson(self._sentences(cells), truth.astype(np.int64))
-
-    def _with_states(self, lessons: list[Lesson]) -> list[Lesson]:
-        """Read frozen layers once for all epochs, where there is a place to keep what they say."""
-        config, folder = self.config, self.resources.activations
-        if not (config.frozen_layers and config.cache_gib and folder):
-            return lessons
-        store = Activations(folder, gib=config.cache_gib, precision=config.cache_precision)
-        tokens = config.minibatch_tokens
-        return [
-            replace(
-                lesson,
-                put=states_of(
-                    self._network, lesson.tokens, self._layout, store, minibatch_tokens=tokens
-                ).put,
-            )
-            for lesson in lessons
-        ]
 
     @property
     def _layout(self) -> Layout:
