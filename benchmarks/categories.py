@@ -1,9 +1,9 @@
 """What one more exposure costs: one model for all of them, and one model for each.
 
 Two questions, on simulated cells of six lines, each with every one of the source atlas's 23
-exposures (control, 14 hormones and antagonists, 8 endocrine disruptors). Lines are the units; three
-fit, one validates, two are held out. About 2,000 cells whatever the number of exposures, so that
-more exposures mean fewer cells of each.
+exposures (control, 14 hormones and antagonists, 8 endocrine disruptors). Lines are the units:
+three fit, one validates, two are held out. About 2,000 cells whatever the number of exposures, so
+that more exposures mean fewer cells of each.
 
 - 2, 5, 15 and 23 exposures: processor seconds of a fit and macro-F1 on unseen lines, of the
   default Geneformer recipe and of logistic regression.
