@@ -12,6 +12,7 @@ from pydantic import model_validator
 
 from endoprint.config import Config, Refusal
 from endoprint.encoder.activations import Precision as CachePrecision
+from endoprint.encoder.lora import Matrices
 from endoprint.encoder.minibatches import Layout
 from endoprint.encoder.pooling import Pooling
 
@@ -50,6 +51,9 @@ class Recipe(Config):
     frozen_layers: int = 0  # counted from the input, embeddings included
     head_only: bool = False  # the encoder at rest, logistic regression on its vectors; no votes
     head_penalty: float | None = None  # of that regression, per cell; none: by validation cells
+    lora_rank: int = 0  # learn low-rank corrections to the layers' matrices; 0: the matrices
+    lora_alpha: float = 16.0  # over the rank: how much a correction counts
+    lora_matrices: Matrices = "attention"  # all: the feed-forward parts' too
     # what frozen layers say of a cell is kept on disk, where the workspace has a place for it:
     cache_gib: float = 4.0  # of all fits together, least recently used first to go; 0: not kept
     cache_precision: CachePrecision = "fp32"  # fp16: half the room, answers differ by some 1e-3
@@ -80,6 +84,12 @@ class Recipe(Config):
                 "a head alone freezes every layer",
                 f"head_only with frozen_layers {self.frozen_layers}",
                 "leave frozen_layers at 0",
+            ),
+            (
+                self.head_only and self.lora_rank > 0,
+                "a head alone leaves the encoder as it is",
+                f"head_only with lora_rank {self.lora_rank}",
+                "set lora_rank to 0",
             ),
         ):
             if is_wrong:

@@ -20,6 +20,7 @@ from endoprint.encoder.activations import Activations, Precision
 from endoprint.encoder.frozen import states_of, vectors_of
 from endoprint.encoder.head import Vectors, fit_head
 from endoprint.encoder.loop import Lesson, Loop
+from endoprint.encoder.lora import adapt, merge
 from endoprint.encoder.minibatches import Layout, Sentences
 from endoprint.encoder.network import Answers, Reader, answer
 from endoprint.encoder.recipe import Recipe, device_at_hand
@@ -82,10 +83,19 @@ class EncoderModel(ExposureModel):
     def _learn_all(
         self, learned: Lesson, checked: Lesson, watch: Watch, work: Path | None
     ) -> dict[str, Any]:
-        self._network.freeze(self.config.frozen_layers)
-        store = self._store(self.config.cache_precision)
-        if self.config.frozen_layers and store is not None:
-            tokens = self.config.minibatch_tokens
+        config = self.config
+        self._network.freeze(config.frozen_layers)
+        if config.lora_rank:
+            adapt(
+                self._network,
+                rank=config.lora_rank,
+                alpha=config.lora_alpha,
+                matrices=config.lora_matrices,
+                seed=self.seed,
+            )
+        store = self._store(config.cache_precision)
+        if config.frozen_layers and store is not None:
+            tokens = config.minibatch_tokens
             learned, checked = (
                 replace(
                     lesson,
@@ -105,6 +115,7 @@ class EncoderModel(ExposureModel):
             work=work,
         )
         progress = loop.run(watch)
+        merge(self._network)
         return {"epochs": progress.epoch, "best_epoch": progress.best_epoch}
 
     def _learn_head(self, learned: Lesson, checked: Lesson, watch: Watch) -> dict[str, Any]:
