@@ -12,6 +12,7 @@ from conftest import planted_cells
 from endoprint.config import Refusal
 from endoprint.curated import log_normalised
 from endoprint.draws import evenly_drawn
+from endoprint.expression import Expression
 from endoprint.latent import Latent, variable_genes
 from endoprint.linear import fit_balanced
 from endoprint.metrics import recall_by_exposure
@@ -33,13 +34,15 @@ def parts(cells):
     return of_units(cells, "u0", "u1", "u2"), of_units(cells, "u3"), of_units(cells, "u4")
 
 
-def test_evidence_is_scikit_learns_own_decision(parts):
+@pytest.mark.parametrize("kind", ["log", "linear"])
+def test_evidence_is_scikit_learns_own_decision(parts, kind):
     train, valid, unseen = parts
-    model = Logistic(LogisticConfig(penalty=0.1)).fit(train, valid)
+    model = Logistic(LogisticConfig(penalty=0.1, kind=kind)).fit(train, valid)
+    read = Expression.fit(train, kind)
     plain = LogisticRegression(
         C=1 / (0.1 * train.n_obs), class_weight="balanced", tol=1e-8, max_iter=5000
-    ).fit(log_normalised(train, list(train.var_names)), train.obs["exposure"])
-    wanted = plain.decision_function(log_normalised(unseen, list(train.var_names)))
+    ).fit(read.of(train), train.obs["exposure"])
+    wanted = plain.decision_function(read.of(unseen))
     found = softmax(model.evidence(unseen), axis=1)
     assert found == pytest.approx(softmax(wanted, axis=1), abs=0.005)
 
@@ -58,14 +61,16 @@ def test_the_penalty_is_chosen_on_validation_cells(parts):
     model = Logistic().fit(train, valid, watch=lambda step, figures: told.append(figures))
     best = min(told, key=lambda figures: figures["validation_log_loss"])
     assert model.provenance["penalty"] == best["penalty"]
-    tried = [figures["penalty"] for figures in told]
-    assert tried == list(logistic.PENALTIES[: len(tried)])
+    assert model.provenance["kind"] == ("log" if best["is_log"] else "linear")
+    for is_log in (1.0, 0.0):
+        tried = [figures["penalty"] for figures in told if figures["is_log"] == is_log]
+        assert tried == list(logistic.PENALTIES[: len(tried)])
 
 
 def test_penalties_past_the_best_are_not_tried():
     made = planted_cells(n_units=5, n_cells=20, fold=1.5)
     told = []
-    Logistic().fit(
+    Logistic(LogisticConfig(kind="log")).fit(
         of_units(made, "u0", "u1", "u2"),
         of_units(made, "u3"),
         watch=lambda step, figures: told.append(figures["validation_log_loss"]),
@@ -125,10 +130,11 @@ def test_an_unmeasured_gene_counts_as_average_not_as_silent(parts):
     model = Logistic(LogisticConfig(penalty=0.1)).fit(train, valid)
     gone = [gene for i, gene in enumerate(unseen.var_names) if i % 3 == 0]
     fewer = unseen[:, ~unseen.var_names.isin(gone)].copy()
-    by_hand = log_normalised(unseen, model._genes).toarray().astype(float)
-    by_hand[:, np.isin(model._genes, gone)] = model._mean[np.isin(model._genes, gone)]
+    read = model._expression
+    by_hand = read.of(unseen).toarray().astype(float)
+    by_hand[:, np.isin(read.genes, gone)] = read.mean[np.isin(read.genes, gone)]
     wide = model._coefficients.astype(float)
-    wanted = (by_hand - model._mean) @ wide.T + model._intercept
+    wanted = (by_hand - read.mean) @ wide.T + model._intercept
     assert model.evidence(fewer) == pytest.approx(wanted, abs=1e-9)
 
 
@@ -156,6 +162,32 @@ def test_a_path_of_penalties_ends_where_a_single_fit_would():
     alone = next(fit_balanced(values, truth, [0.1]))
     assert last.coefficients == pytest.approx(alone.coefficients, abs=1e-2)
     assert last.has_converged
+
+
+# -- how genes are read -------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", ["log", "linear"])
+def test_expression_is_what_its_definition_says(cells, kind):
+    read = Expression.fit(cells, kind)
+    n_counts = cells.obs["n_counts"].to_numpy()[:, None]
+    counts = cells[:, read.genes].X.toarray() / n_counts * np.median(n_counts)
+    mean = counts.mean(axis=0)
+    spread = np.sqrt(mean + 0.3 * mean**2 + 0.01)
+    wanted = np.log1p(counts) * (1 + mean) / spread if kind == "log" else counts / spread
+    assert read.of(cells).toarray() == pytest.approx(wanted, rel=1e-4)
+    assert read.mean == pytest.approx(wanted.mean(axis=0), rel=1e-4)
+
+
+def test_scaled_by_sampling_every_gene_of_like_cells_scatters_alike():
+    rng = np.random.default_rng(0)
+    mean = np.array([0.05, 0.5, 5.0, 50.0])
+    rate = mean * rng.gamma(1 / 0.3, 0.3, (4000, 4))  # NB with the dispersion assumed
+    counts = np.column_stack([rng.poisson(rate), np.full(4000, 5000.0)])
+    obs = pd.DataFrame({"n_counts": 5000.0}, index=[f"c{i}" for i in range(4000)])
+    var = pd.DataFrame(index=[f"ENSG{i:011d}" for i in range(5)])
+    cells = AnnData(X=sparse.csr_matrix(counts.astype(np.float32)), obs=obs, var=var)
+    for kind, spread in (("linear", 0.15), ("log", 0.45)):
+        found = Expression.fit(cells, kind).of(cells).toarray()[:, :4].std(axis=0)
+        assert found == pytest.approx(1.0, abs=spread)
 
 
 # -- the latent ---------------------------------------------------------------------------------
