@@ -102,7 +102,7 @@ def test_a_second_one_on_the_same_workspace_is_refused_and_told_where_the_first_
 
 def test_a_night_is_worked_once_and_skipped_when_nothing_changed(up: Standing) -> None:
     first = up.finished(up.begin("nightly"))
-    assert first["state_name"] == "Completed"
+    assert first["state_name"] == "Completed", up.log()
     assert json.loads((up.space / ".endoprint/verdict.json").read_text())["decision"]
     second = up.finished(up.begin("nightly"))
     assert second["state_name"] == "Skipped"

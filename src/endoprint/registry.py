@@ -22,6 +22,7 @@ from endoprint.config import Refusal
 from endoprint.fetched import fetch
 from endoprint.lineage import Lineage
 from endoprint.model import ExposureModel
+from endoprint.roles import acting
 from endoprint.smoke import opened
 from endoprint.workspace import Workspace
 
@@ -101,7 +102,11 @@ def register(workspace: Workspace, run_id: str) -> Version:
             said |= {"trainer": tags["trainer"]} if "trainer" in tags else {}
             with tracking.ambient(workspace):
                 made = store.create_model_version(
-                    name, source=f"models:/{tags['model_id']}", run_id=run_id, tags=said
+                    name,
+                    source=f"models:/{tags['model_id']}",
+                    run_id=run_id,
+                    tags=said,
+                    model_id=tags["model_id"],  # a server that asks who is there wants it told
                 )
             found = _version(made)
         _tell_registered(workspace, found)
@@ -275,9 +280,12 @@ def verify(workspace: Workspace) -> list[str]:
 
 @contextmanager
 def lock(workspace: Workspace) -> Iterator[None]:
-    """Keep every other process of this machine from moving this workspace's aliases."""
+    """Keep every other process of this machine from moving this workspace's aliases.
+
+    Inside, MLflow's server is asked as a promoter, where the environment knows one.
+    """
     workspace.local.mkdir(parents=True, exist_ok=True)
-    with FileLock(workspace.local / "registry.lock"):
+    with acting("promoter"), FileLock(workspace.local / "registry.lock"):
         yield
 
 

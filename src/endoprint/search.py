@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import io
 import os
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 import optuna
 import psutil
-from optuna.storages import JournalStorage
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from ruamel.yaml import YAML
@@ -25,6 +26,7 @@ from ruamel.yaml import YAML
 from endoprint.config import Config, Refusal
 from endoprint.model import Pruned, Watch
 
+STORAGE = "OPTUNA_STORAGE"  # Optuna's own name for a database that several machines share
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
@@ -54,7 +56,7 @@ def open_study(journal: Path, name: str, *, seed: int) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(
         study_name=name,
-        storage=JournalStorage(JournalFileBackend(str(journal))),
+        storage=_storage(journal),
         direction="maximize",
         load_if_exists=True,
         # a fresh stream on every resume: the same seed would ask the same questions again
@@ -68,14 +70,20 @@ def open_study(journal: Path, name: str, *, seed: int) -> optuna.Study:
 
 def find_study(journal: Path, name: str) -> optuna.Study | None:
     """Return a study that was begun, to be read; None where there is none."""
-    if not journal.is_file():
+    if not journal.is_file() and not os.environ.get(STORAGE):
         return None
     try:
-        return optuna.load_study(
-            study_name=name, storage=JournalStorage(JournalFileBackend(str(journal)))
-        )
+        return optuna.load_study(study_name=name, storage=_storage(journal))
     except KeyError:
         return None
+
+
+def _storage(journal: Path) -> BaseStorage:
+    """Return where studies live: the environment's database, else a journal file here."""
+    shared = os.environ.get(STORAGE)
+    if shared:
+        return RDBStorage(shared)
+    return JournalStorage(JournalFileBackend(str(journal)))
 
 
 def tune(
@@ -107,6 +115,7 @@ def tune(
     while (done := n_finished(study)) < n_trials:
         told(done, n_trials)
         trial = study.ask(space)
+        trial.set_user_attr("host", platform.node())
         trial.set_user_attr("pid", os.getpid())
         trial.set_user_attr("born", psutil.Process().create_time())
         try:
@@ -178,6 +187,8 @@ def _watch(trial: optuna.Trial) -> Watch:
 def _close_orphans(study: optuna.Study) -> None:
     """Mark trials whose process is gone as failed: they hold no result and count nowhere."""
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if trial.user_attrs.get("host", platform.node()) != platform.node():
+            continue  # only its own machine can tell
         pid, born = trial.user_attrs.get("pid"), trial.user_attrs.get("born")
         try:
             alive = pid is not None and psutil.Process(pid).create_time() == born

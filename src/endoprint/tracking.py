@@ -40,6 +40,8 @@ from mlflow.entities import (
 from endoprint.config import Config, Refusal
 from endoprint.lineage import Lineage
 from endoprint.model import Pruned
+from endoprint.roles import acting, assume_reader
+from endoprint.spelled import flattened, safe, text_of, without_secrets
 from endoprint.workspace import QUIET, Workspace
 
 if TYPE_CHECKING:
@@ -74,6 +76,7 @@ def client(workspace: Workspace) -> mlflow.MlflowClient:
         os.environ.setdefault(key, value)
     for name in LOUD:
         logging.getLogger(name).setLevel(logging.ERROR)
+    assume_reader()
     uri = workspace.tracking_uri
     if not uri.startswith("sqlite:"):
         return mlflow.MlflowClient(tracking_uri=uri)
@@ -104,7 +107,14 @@ def experiment(workspace: Workspace, store: mlflow.MlflowClient) -> str:
     """Return the id of the workspace's experiment, made on first use."""
     try:
         found = store.get_experiment_by_name(workspace.experiment)
-    except mlflow.MlflowException:  # whose message may spell the address out, password included
+    except mlflow.MlflowException as error:
+        if error.get_http_status_code() in (401, 403):
+            raise Refusal(
+                "MLflow's server lets in whom it knows",
+                f"{os.environ.get('MLFLOW_TRACKING_USERNAME', 'nobody')}, with a wrong password",
+                "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or a role's",
+            ) from None
+        # its message may spell the address out, password included
         raise Refusal(
             "MLflow's store answers",
             f"none from {workspace.tracking_uri.rpartition('@')[2]}",
@@ -133,16 +143,14 @@ class Run:
     def params(self, values: Config | Mapping[str, Any], prefix: str = "") -> None:
         """Log the chosen values; nested ones as `outer.inner`."""
         plain = values.model_dump(mode="json") if isinstance(values, Config) else dict(values)
-        flat = [Param(key, _said(value)) for key, value in _flattened(plain, prefix)]
+        flat = [Param(key, text_of(value)) for key, value in flattened(plain, prefix)]
         for start in range(0, len(flat), PARAMS_PER_CALL):
             self._store.log_batch(self.run_id, params=flat[start : start + PARAMS_PER_CALL])
 
     def metrics(self, values: Mapping[str, float | None], step: int = 0) -> None:
         """Log figures under the names given; None says unknown and is left out."""
         known = [
-            Metric(
-                _safe(name), float(value), int(time.time() * 1000), step, model_id=self.model_id
-            )
+            Metric(safe(name), float(value), int(time.time() * 1000), step, model_id=self.model_id)
             for name, value in values.items()
             if value is not None
         ]
@@ -155,7 +163,7 @@ class Run:
 
     def tags(self, values: Mapping[str, str | float | bool | None]) -> None:
         """Set tags; None is left out."""
-        said = [RunTag(key, _said(value)) for key, value in values.items() if value is not None]
+        said = [RunTag(key, text_of(value)) for key, value in values.items() if value is not None]
         self._store.log_batch(self.run_id, tags=said)
 
     def figure(self, name: str, figure: Figure | bytes | Path) -> None:
@@ -267,33 +275,35 @@ def run(
     `parent` is the id of the run it belongs to (the trials of a search). Runs that a dead process
     of this machine left RUNNING are marked KILLED first.
     """
-    store = client(workspace)
-    experiment_id = experiment(workspace, store)
-    sweep(workspace)
-    said: dict[str, str | float | bool | None] = {
-        "kind": kind,
-        "model": model,
-        "task": workspace.params.task,
-        "seed": workspace.params.seed,
-        **_process_tags(),
-        **(tags or {}),
-        "mlflow.parentRunId": parent,
-    }
-    known = {key: _said(value) for key, value in said.items() if value is not None}
-    opened = store.create_run(experiment_id, run_name=name, tags=known)
-    run_id = opened.info.run_id
-    try:
-        yield Run(store, run_id, experiment_id)
-    except BaseException as error:  # closed whatever happened, then raised on
-        line = " ".join(f"{type(error).__name__}: {error}".split())
-        store.set_tag(run_id, "error", line[:500])
-        was_stopped = isinstance(error, Pruned) or not isinstance(error, Exception)
-        store.set_terminated(run_id, "KILLED" if was_stopped else "FAILED")
-        raise
-    store.set_terminated(run_id, "FINISHED")
+    with acting("trainer"):
+        store = client(workspace)
+        experiment_id = experiment(workspace, store)
+        sweep(workspace)
+        said: dict[str, str | float | bool | None] = {
+            "kind": kind,
+            "model": model,
+            "task": workspace.params.task,
+            "seed": workspace.params.seed,
+            **_process_tags(),
+            **(tags or {}),
+            "mlflow.parentRunId": parent,
+        }
+        known = {key: text_of(value) for key, value in said.items() if value is not None}
+        opened = store.create_run(experiment_id, run_name=name, tags=known)
+        run_id = opened.info.run_id
+        try:
+            yield Run(store, run_id, experiment_id)
+        except BaseException as error:  # closed whatever happened, then raised on
+            line = without_secrets(f"{type(error).__name__}: {error}")
+            store.set_tag(run_id, "error", line[:500])
+            was_stopped = isinstance(error, Pruned) or not isinstance(error, Exception)
+            store.set_terminated(run_id, "KILLED" if was_stopped else "FAILED")
+            raise
+        store.set_terminated(run_id, "FINISHED")
 
 
 # -- runs that nobody will close ----------------------------------------------------------------
+@acting("trainer")
 def sweep(workspace: Workspace) -> list[str]:
     """Mark runs KILLED that a process of this machine left RUNNING when it died; return their ids.
 
@@ -377,24 +387,3 @@ def _row(found: Any) -> dict[str, Any]:  # mlflow.entities.Run, which carries no
         **found.data.metrics,
         **{f"param.{name}": value for name, value in found.data.params.items()},
     }
-
-
-# -- small words --------------------------------------------------------------------------------
-def _flattened(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        name = f"{prefix}.{key}" if prefix else str(key)
-        if isinstance(value, Mapping) and value:
-            yield from _flattened(value, name)
-        else:
-            yield name, value
-
-
-def _said(value: Any) -> str:  # any plain value a Config holds
-    if isinstance(value, bool):
-        return str(value).lower()
-    return value if isinstance(value, str) else json.dumps(value, default=str)
-
-
-def _safe(name: str) -> str:
-    """MLflow allows letters, digits and ` /_-.:` in a metric's name; exposures may hold more."""
-    return "".join(c if c.isalnum() or c in " /_-.:" else "_" for c in name)

@@ -1,4 +1,4 @@
-"""Commands on what runs by itself: up, status, recover."""
+"""Commands on what runs by itself: up, status, recover, pull."""
 
 from __future__ import annotations
 
@@ -60,6 +60,13 @@ def recover(workspace: Folder = Path(), as_json: Json = False) -> None:
     done = jobs.recover(str(workspace))
     text = "\n".join(f"run {run_id} closed: its process died" for run_id in done["closed"])
     say(done, text or "nothing was left open", as_json)
+
+
+@app.command()
+def pull(workspace: Folder = Path(), as_json: Json = False) -> None:
+    """Bring data that another machine made, from the remote in ENDOPRINT_DVC_REMOTE."""
+    place = jobs.pull(str(workspace))
+    say({"remote": place}, f"data as in dvc.lock, from {place}", as_json)
 
 
 def _event(line: str) -> None:

@@ -38,6 +38,7 @@ from endoprint.jobs.reproducing import reproduce
 from endoprint.jobs.running import recover, status
 from endoprint.jobs.searching import search, search_result
 from endoprint.jobs.sharing import pull
+from endoprint.jobs.sharing import pull
 from endoprint.jobs.story import (
     Step,
     last_screen,
@@ -72,6 +73,7 @@ __all__ = [
     "prepare",
     "pretrain",
     "promote",
+    "pull",
     "pull",
     "recover",
     "register",

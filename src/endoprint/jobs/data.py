@@ -14,6 +14,7 @@ from filelock import FileLock
 
 from endoprint import progress
 from endoprint.config import Refusal
+from endoprint.jobs.sharing import push
 from endoprint.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -92,7 +93,8 @@ def simulate_to(
 def prepare(workspace: str) -> str:
     """Bring a workspace's data up to date with `dvc repro`; return the path of dvc.lock.
 
-    One at a time in a workspace: a second one waits for the first.
+    One at a time in a workspace: a second one waits for the first. Where the environment names a
+    shared remote, what was made is sent there.
     """
     space = Workspace.open(workspace)
     source = str(space.params.cells.get("source") or "")
@@ -110,6 +112,7 @@ def prepare(workspace: str) -> str:
         )  # fmt: skip
         if done.returncode:
             raise _refused(done.stderr)
+        push(workspace)
     return str(space.root / "dvc.lock")
 
 

@@ -100,6 +100,12 @@ class Plan:
             own.append(self._prefect())
         return [*own, self._worker()]
 
+    @property
+    def has_auth(self) -> bool:
+        """Whether MLflow's server is started here and asks who is there."""
+        own = not os.environ.get("MLFLOW_TRACKING_URI", "").startswith("http")
+        return own and _has_auth()
+
     def hosts(self, port: int) -> list[str]:
         """Return the names a server answers to."""
         names = ("127.0.0.1", "localhost", *self.allowed_hosts)

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from endoprint import progress
 from endoprint.config import Refusal
-from endoprint.services import processes
+from endoprint.services import grants, processes
 from endoprint.services.plan import Plan, Service
 from endoprint.services.prefect_api import Prefect
 from endoprint.workspace import Workspace
@@ -59,14 +59,18 @@ class Up:
     # -- start ----------------------------------------------------------------------------------
     def begin(self) -> None:
         """Start the servers, close what dead processes left open, register, start the worker."""
-        *servers, worker = self.plan.services
-        (self.plan.space.local / "prefect").mkdir(parents=True, exist_ok=True)
+        plan = self.plan
+        *servers, worker = plan.services
+        (plan.space.local / "prefect").mkdir(parents=True, exist_ok=True)
         with progress.task("start", 4) as step:
             # two first users of a new SQLite store would both make its tables
-            with FileLock(self.plan.space.local / "mlflow.lock"):
+            with FileLock(plan.space.local / "mlflow.lock"):
                 for service in servers:
                     self._start(service)
                 self._await(servers)
+            if plan.has_auth:
+                made = grants.grant(plan.mlflow_url, plan.space.experiment)
+                self.say(f"MLflow knows: {', '.join(made) or 'its administrator only'}")
             step(note="servers answer")
             self._child("recover", RECOVER)
             step(note="crashes cleared up")

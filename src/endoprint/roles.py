@@ -1,0 +1,45 @@
+"""As whom a job asks MLflow's server: as the least of the roles it can do its work with.
+
+A role's password is in the environment (`ENDOPRINT_READER_PASSWORD`, ...); where it is not, the
+process asks as whoever MLFLOW_TRACKING_USERNAME names.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+ROLES = ("reader", "trainer", "promoter")
+NAME, PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"  # read at every request
+
+
+def password_of(role: str) -> str:
+    """Return a role's password from the environment; empty: none there."""
+    return os.environ.get(f"ENDOPRINT_{role.upper()}_PASSWORD", "")
+
+
+def assume_reader() -> None:
+    """Ask as a reader from now on, where nobody else is named."""
+    password = password_of("reader")
+    if password and NAME not in os.environ:
+        os.environ[NAME], os.environ[PASSWORD] = "reader", password
+
+
+@contextmanager
+def acting(role: str) -> Iterator[None]:
+    """Ask as a role while the block, or the function decorated with this, runs."""
+    password = password_of(role)
+    if not password:
+        yield
+        return
+    before = {key: os.environ.get(key) for key in (NAME, PASSWORD)}
+    os.environ[NAME], os.environ[PASSWORD] = role, password
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            if value is None:
+                os.environ.pop(key, None)
+            else:
+                os.environ[key] = value
