@@ -4,7 +4,7 @@ BIN := .venv/bin
 # two cores and several processes: one thread each is faster than fighting over them
 ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 NUMBA_NUM_THREADS=1
 
-.PHONY: demo test test-all check clean
+.PHONY: demo test test-all check bench clean
 
 demo: .venv/.installed  ## the whole story on simulated cells, under Prefect, at most five minutes
 	$(BIN)/python -m flows.story
@@ -18,9 +18,13 @@ test-all: .venv/.installed  ## and the slow, browser and service tests
 check: .venv/.installed  ## style, types, import contracts
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
 
+bench: .venv/.installed  ## costs beside references, in minutes; DATA=FOLDER of the two public h5ad files
+	$(ONE_THREAD) $(BIN)/python benchmarks/published.py --quick $(if $(DATA),--data "$(DATA)")
+	$(ONE_THREAD) $(BIN)/python benchmarks/tokenise.py --cells 5000 --repeats 1
+
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[flows,dev]"
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[flows,dev,bench]"
 	@touch $@
 
 clean:  ## forget local state; data and environment stay
