@@ -12,20 +12,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import log_softmax
-from sklearn.metrics import f1_score
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint as checkpointed
 
 from endoprint.bins import Binned
-from endoprint.calibration import fit_temperature
 from endoprint.encoder import checkpoint
 from endoprint.encoder.minibatches import Layout, Minibatch, Sentences, assemble, plan
 from endoprint.encoder.network import Put, Reader, answer, as_it_is
 from endoprint.encoder.recipe import Recipe, schedule_of
 from endoprint.encoder.step import Losses, Steps
 from endoprint.encoder.team import Team, TeamNorm, here
+from endoprint.encoder.validation import held_out
 from endoprint.model import Watch
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -115,6 +113,7 @@ class Loop:
         self.network.standardise = alone
         if self.best:
             self.network.load_state_dict(self.best)
+        self.network.settle()
         self.network.eval()
         return self.progress
 
@@ -132,6 +131,7 @@ class Loop:
         planned = self._plan(epoch)
         rng = np.random.default_rng([self.seed, epoch, 1])
         losses = Losses(epoch, "lower lr and votes_lr, or set precision to fp32")
+        self.network.is_grown = epoch >= self.recipe.grow_after
         self.network.train()
         on_gpu = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=on_gpu):
@@ -205,19 +205,7 @@ class Loop:
             minibatch_tokens=self.recipe.minibatch_tokens,
             put=self.valid.put,
         ).logits_BE
-        present, n_cells = np.unique(self.valid.truth, return_counts=True)
-        weight = 1.0 / n_cells[np.searchsorted(present, self.valid.truth)]
-        cooled = logits / fit_temperature(logits, self.valid.truth, weight)
-        at_truth = log_softmax(cooled, axis=1)[np.arange(len(logits)), self.valid.truth]
-        loss = -np.average(at_truth, weights=weight)
-        f1 = f1_score(
-            self.valid.truth,
-            logits.argmax(axis=1),
-            labels=present,
-            average="macro",
-            zero_division=0,
-        )
-        return {"valid_loss": float(loss), "valid_macro_f1": float(f1)}
+        return held_out(logits, self.valid.truth)
 
     def _judge(self, metrics: dict[str, float]) -> None:
         progress = self.progress

@@ -36,7 +36,7 @@ class Reader(nn.Module, ABC):
     """Read a cell's genes and weigh every exposure, whatever the backbone.
 
     A kind of backbone has a `name` and writes `size_of`, `shape`, `enter`, `through`,
-    `stages` and `gene_table`.
+    `ends`, `stages` and `gene_table`.
     The pooled vector is standardised by batch normalisation without scale or shift: by the
     minibatch while training, by running figures afterwards, so that answers are independent.
     `genes_per_cell` scales the votes: their inputs are then about one whatever the panel.
@@ -69,6 +69,7 @@ class Reader(nn.Module, ABC):
         self.register_buffer("typical_length", torch.tensor(float(genes_per_cell)))
         self.uses_bf16 = uses_bf16
         self.n_frozen = 0  # layers that do not learn, and the embeddings with them
+        self.is_grown = True  # whether layers are read; not where they are the identity anyway
 
     @staticmethod
     @abstractmethod
@@ -86,6 +87,10 @@ class Reader(nn.Module, ABC):
     @abstractmethod
     def through(self, layer: nn.Module, x_RTD: Tensor, mask_RT: Tensor | None) -> Tensor:
         """Return the states of tokens after one layer, (R, T, D)."""
+
+    @abstractmethod
+    def ends(self, layer: nn.Module) -> tuple[list[nn.Linear], list[nn.LayerNorm]]:
+        """Return a layer's projections into what it adds, and its normalisations in order."""
 
     @abstractmethod
     def stages(self) -> tuple[list[nn.Module], list[nn.Module]]:
@@ -125,8 +130,13 @@ class Reader(nn.Module, ABC):
             return self._until_frozen(minibatch).float()
 
     def _until_frozen(self, minibatch: Minibatch) -> Tensor:
-        x_RTD = self.enter(minibatch)
-        for layer in self.stages()[1][: self.n_frozen]:
+        return self._read(self.enter(minibatch), self.stages()[1][: self.n_frozen], minibatch)
+
+    def _read(self, x_RTD: Tensor, layers: list[nn.Module], minibatch: Minibatch) -> Tensor:
+        if not self.is_grown:
+            # layers that add nothing only normalise, and to normalise twice is to do it once
+            return self.ends(layers[-1])[1][-1](x_RTD) if layers else x_RTD
+        for layer in layers:
             x_RTD = self.through(layer, x_RTD, minibatch.mask_RT)
         return x_RTD
 
@@ -136,9 +146,22 @@ class Reader(nn.Module, ABC):
         if x_RTD is None:
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.n_frozen):
                 x_RTD = self._until_frozen(minibatch)
-        for layer in self.stages()[1][self.n_frozen :]:
-            x_RTD = self.through(layer, x_RTD, minibatch.mask_RT)
-        return x_RTD
+        return self._read(x_RTD, self.stages()[1][self.n_frozen :], minibatch)
+
+    def is_identity(self) -> bool:
+        """Say whether no layer adds anything yet: as layers begin that are not loaded."""
+        ends = [self.ends(layer) for layer in self.stages()[1]]
+        norms = [norm for _, of_layer in ends for norm in of_layer][:-1]
+        return not any(
+            bool(tensor.any())
+            for projections, _ in ends
+            for projection in projections
+            for tensor in (projection.weight, projection.bias)
+        ) and all(bool((norm.weight == 1).all() and (norm.bias == 0).all()) for norm in norms)
+
+    def settle(self) -> None:
+        """Leave unread whatever layers add nothing: the answers are the same."""
+        self.is_grown = not self.is_identity()
 
     def forward(self, minibatch: Minibatch) -> tuple[Tensor, Tensor]:
         """Return logits (B, E) and the standardised vector (B, D) of every cell."""
@@ -190,6 +213,10 @@ class Network(Reader):
     def through(self, layer: nn.Module, x_RTD: Tensor, mask_RT: Tensor | None) -> Tensor:
         passed: Tensor = layer(x_RTD, None if mask_RT is None else mask_RT[:, None, None, :])
         return passed
+
+    def ends(self, layer: Any) -> tuple[list[nn.Linear], list[nn.LayerNorm]]:
+        parts = (layer.attention.output, layer.output)
+        return [part.dense for part in parts], [part.LayerNorm for part in parts]
 
     def stages(self) -> tuple[list[nn.Module], list[nn.Module]]:
         return [self.bert.embeddings], list(self.bert.encoder.layer)

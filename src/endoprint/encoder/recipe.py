@@ -34,6 +34,7 @@ class Recipe(Config):
     warmup_share: float = 0.1  # of all steps; never a fixed number, which small sets do not reach
     schedule: Literal["linear", "cosine", "constant"] = "linear"  # after the warm-up
     clip: float = 1.0  # largest norm of the gradient
+    grow_after: int = 0  # epochs without layers, which then begin as the identity; 0: none
     # -- what keeps it from learning by heart -----------------------------------------------------
     dropout: float = 0.0  # inside the backbone; published: .02 (V1), .1 (V2); costs a sixth
     attention_dropout: float = 0.0  # published: the same; costs 2.3 times the time on a CPU
@@ -91,6 +92,13 @@ class Recipe(Config):
                 f"head_only with lora_rank {self.lora_rank}",
                 "set lora_rank to 0",
             ),
+            (
+                self.grow_after > 0
+                and (self.head_only or self.lora_rank > 0 or self.frozen_layers > 0),
+                "layers that grow are trained whole",
+                f"grow_after {self.grow_after} with layers that are frozen or corrected",
+                "set grow_after, or frozen_layers, lora_rank and head_only, to nothing",
+            ),
         ):
             if is_wrong:
                 raise Refusal(rule, got, remedy)
@@ -101,7 +109,14 @@ class Recipe(Config):
 
     def epochs_for(self, steps_per_epoch: int) -> int:
         """Return the passes a set of this size gets."""
-        return max(self.epochs, math.ceil(self.min_steps / max(steps_per_epoch, 1)))
+        n_epochs = max(self.epochs, math.ceil(self.min_steps / max(steps_per_epoch, 1)))
+        if self.grow_after >= n_epochs:
+            raise Refusal(
+                "layers that grow need epochs to learn in",
+                f"grow_after {self.grow_after} of {n_epochs} epochs",
+                "lower grow_after, or raise epochs",
+            )
+        return n_epochs
 
 
 def device_at_hand() -> torch.device:

@@ -16,6 +16,7 @@ import torch
 from anndata import AnnData
 from torch import nn
 
+from endoprint.config import Refusal
 from endoprint.encoder.activations import Activations, Precision
 from endoprint.encoder.frozen import states_of, vectors_of
 from endoprint.encoder.head import Vectors, fit_head
@@ -93,6 +94,12 @@ class EncoderModel(ExposureModel):
                 matrices=config.lora_matrices,
                 seed=self.seed,
             )
+        if config.grow_after and not (self._network.stages()[1] and self._network.is_identity()):
+            raise Refusal(
+                "layers grow that begin as the identity",
+                f"grow_after {config.grow_after} and layers that were trained before, or none",
+                "set grow_after to 0",
+            )
         store = self._store(config.cache_precision)
         if config.frozen_layers and store is not None:
             tokens = config.minibatch_tokens
@@ -120,6 +127,7 @@ class EncoderModel(ExposureModel):
 
     def _learn_head(self, learned: Lesson, checked: Lesson, watch: Watch) -> dict[str, Any]:
         self._network.freeze(len(self._network.stages()[1]))
+        self._network.settle()
         store, tokens = self._store("fp32"), self.config.minibatch_tokens
         train, valid = (
             Vectors(
@@ -189,4 +197,5 @@ class EncoderModel(ExposureModel):
         self._network.load_state_dict(
             {key: torch.from_numpy(array) for key, array in state.arrays.items()}
         )
+        self._network.settle()
         self._network.eval()

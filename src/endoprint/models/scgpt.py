@@ -80,6 +80,9 @@ class ScgptNetwork(Reader):
         passed: Tensor = layer(x_RTD, mask_RT)
         return passed
 
+    def ends(self, layer: Any) -> tuple[list[nn.Linear], list[nn.LayerNorm]]:
+        return [layer.self_attn.out_proj, layer.linear2], [layer.norm1, layer.norm2]
+
     def stages(self) -> tuple[list[nn.Module], list[nn.Module]]:
         return [self.scgpt.encoder, self.scgpt.value_encoder], self.scgpt.layers()
 
