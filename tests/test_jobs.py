@@ -18,7 +18,7 @@ from children import ROOT, cpu_seconds, endoprint, environment
 from conftest import TINY, a_workspace
 from endoprint import blueprint, jobs
 from endoprint.config import Refusal, read_params
-from endoprint.jobs.live import score_if_live
+from endoprint.jobs.scoring import score_if_live
 from endoprint.model import TABLE, model_class
 from endoprint.search import SearchConfig
 from endoprint.workspace import Workspace

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from anndata import AnnData
+from scipy import stats
 
 from conftest import planted_cells
 from endoprint import population
@@ -175,6 +176,67 @@ def test_a_files_own_control_is_recognised():
 def test_every_pathway_has_a_name_in_words():
     assert set(population.NAMES) == set(PATHWAYS)
     assert population.described("LIVER-X_ANTAGONIST") == "liver X pathway, antagonist"
+
+
+# -- several units ------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("n", "kind"),
+    [
+        (0, "none: units unknown"),
+        (1, "none: one unit"),
+        (4, "range of 4 units, no interval"),
+        (5, "95 % t interval over 5 units"),
+        (20, "95 % bootstrap over 20 units"),
+    ],
+)
+def test_an_interval_is_what_the_number_of_units_allows(n, kind):
+    values = np.linspace(0.4, 0.8, n)
+    low, high, told = population.interval(values)
+    assert told == kind
+    if n < 2:
+        assert np.isnan(low)
+    elif n < 5:
+        assert (low, high) == (0.4, 0.8)
+    else:
+        half = stats.sem(values) * stats.t.ppf(0.975, n - 1)
+        assert (low, high) == pytest.approx((0.6 - half, 0.6 + half), abs=0.01)
+
+
+def test_units_count_the_same_however_many_cells_each_has(fitted, unseen):
+    few = unseen[(unseen.obs["unit"] == "u4") | (np.arange(unseen.n_obs) % 5 == 0)].copy()
+    few.obs["treatment"] = few.obs["exposure"]
+    together = population.sample_calls(fitted, few, by="treatment")
+    alone = population.sample_calls(fitted, few)
+    for exposure in fitted.exposures:
+        rows = alone.loc[[f"u4|{exposure}", f"u5|{exposure}"]].filter(regex="^p_")
+        mean = np.log(rows).mean()
+        wanted = np.exp(mean) / np.exp(mean).sum()
+        assert together.loc[exposure, wanted.index].to_numpy(float) == pytest.approx(wanted)
+        assert together.loc[exposure, "n_units"] == 2
+
+
+def test_cells_added_a_few_at_a_time_come_to_the_same(fitted, unseen, table):
+    said, novelty = fitted.predict_proba(unseen).to_numpy(), fitted.novelty(unseen)
+    sample, unit = (unseen.obs[name].to_numpy(dtype=object) for name in ("sample", "unit"))
+    pools = population.Pools(fitted)
+    for start in range(0, unseen.n_obs, 7):
+        part = slice(start, start + 7)
+        pools.add(sample[part], unit[part], said[part], novelty[part])
+    pd.testing.assert_frame_equal(pools.calls(by="sample", control="DMSO"), table)
+    assert np.allclose(pools.shares().sum(axis=1), 1)
+
+
+def test_cells_without_an_answer_count_and_say_nothing(fitted, unseen):
+    said = fitted.predict_proba(unseen).to_numpy().copy()
+    said[::3] = np.nan
+    sample, unit = (unseen.obs[name].to_numpy(dtype=object) for name in ("sample", "unit"))
+    pools = population.Pools(fitted)
+    pools.add(sample, unit, said, np.zeros(unseen.n_obs), np.isnan(said[:, 0]))
+    assert pools.calls(by="sample")["n_cells"].sum() == unseen.n_obs
+    assert (pools.shares().sum(axis=1) < 1).all()
+    pools = population.Pools(fitted)
+    pools.add(sample, unit, said * np.nan, np.zeros(unseen.n_obs))
+    assert pools.calls(by="sample").empty
 
 
 # -- over-confidence ----------------------------------------------------------------------------

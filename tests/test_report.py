@@ -335,33 +335,31 @@ def test_the_terminal_reads_names_as_text_not_markup():
 
 # -- scores -------------------------------------------------------------------------------------
 def scored(samples=("a", EVIL), n_cells=10):
-    rows, calls = [], {}
-    for sample in samples:
-        call = np.array(["DMSO"] * 3 + ["RET_AGONIST"] * (n_cells - 3), dtype=object)
-        frame = pd.DataFrame({"sample": sample, "call": call, "p_DMSO": 0.3, "p_RET_AGONIST": 0.7})
-        frame["is_novel"] = [True, *[False] * (n_cells - 1)]
-        frame["abstain"] = frame["is_novel"]
-        rows.append(frame)
-        calls[sample] = {
+    calls = {
+        sample: {
             "unit": "u0", "n_cells": n_cells, "call": "RET_AGONIST", "confidence": 0.999,
             "second_call": "DMSO", "second_confidence": 0.001, "agreement": 0.7,
             "novel_share": np.nan, "is_calibration_unit_validated": False,
             "sentence": f"Sample {sample} looks exposed to RET_AGONIST: confidence > .99",
-        }  # fmt: skip
-    return pd.concat(rows, ignore_index=True), pd.DataFrame.from_dict(calls, orient="index")
+        }
+        for sample in samples
+    }  # fmt: skip
+    shares = pd.DataFrame({"DMSO": 0.2, "RET_AGONIST": 0.7}, index=list(samples))
+    return pd.DataFrame.from_dict(calls, orient="index"), shares
 
 
 META = {
     "model": "logistic", "model_version": "3", "model_sha256": "ab" * 32, "control": "DMSO",
     "inputs": [{"file": EVIL, "md5": "cd" * 16, "n_cells": 20, "gene_share": 0.2}],
-    "flags": {"no counts in the model's genes": 2}, "scored_at": "2026-01-01",
+    "quarantined": {"no counts in the model's genes": 2}, "scored_at": "2026-01-01",
     "audit": {"confounded": True, "replicated": True, "warnings": ["confounded: true. Mind it."]},
+    "n_cells": 20, "n_novel": 2, "n_unsure": 9,
 }  # fmt: skip
 
 
 def test_the_first_lines_of_a_scoring_report_are_one_sentence_per_sample():
-    scores, calls = scored(samples=tuple(f"s{i}" for i in range(50)))
-    page = report.scores_page(scores, calls, META)
+    calls, shares = scored(samples=tuple(f"s{i}" for i in range(50)))
+    page = report.scores_page(calls, shares, META)
     lines = re.findall(r"<li>(.*?)</li>", page)
     assert lines == [
         f"Sample s{i} looks exposed to RET_AGONIST: confidence &gt; .99." for i in range(50)
@@ -371,38 +369,57 @@ def test_the_first_lines_of_a_scoring_report_are_one_sentence_per_sample():
 
 
 def test_a_scoring_report_stands_alone_with_names_escaped():
-    scores, calls = scored()
-    page = report.scores_page(scores, calls, META)
+    calls, shares = scored()
+    page = report.scores_page(calls, shares, META)
     assert EVIL not in page
     assert "&lt;script&gt;" in page
     assert_stands_alone(page)
 
 
 def test_a_scoring_report_says_what_limits_it():
-    scores, calls = scored()
-    page = report.scores_page(scores, calls, META)
+    calls, shares = scored()
+    page = report.scores_page(calls, shares, META)
     for said in ("confounded: true", "not unit-validated", "2 cells without a call", "10.0%",
-                 "20% of the model&#x27;s genes", "ab" * 32, "cd" * 16):  # fmt: skip
+                 "45.0%", "20% of the model&#x27;s genes", "ab" * 32, "cd" * 16):  # fmt: skip
         assert said in page
 
 
-def test_calls_of_a_sample_sum_to_one_and_withheld_calls_stand_apart():
-    scores, _ = scored(samples=("a", "b"))
-    shares = report.scores.call_shares(scores)
-    assert np.allclose(shares.sum(axis=1), 1)
-    assert shares.loc["a"].to_dict() == {"DMSO": 0.2, "RET_AGONIST": 0.7, "no call": 0.1}
-
-
 def test_a_sample_nobody_could_call_is_drawn_and_reported():
-    scores, calls = scored(samples=("a",))
-    scores["call"], scores["abstain"] = None, True
-    assert_stands_alone(report.scores_page(scores, calls, {}))
+    calls, shares = scored(samples=("a",))
+    assert_stands_alone(report.scores_page(calls, shares * 0, {}))
 
 
-def test_scores_without_samples_are_refused():
-    scores, calls = scored()
-    with pytest.raises(Refusal, match="sample"):
-        report.scores_page(scores.drop(columns="sample"), calls, META)
+def test_a_scoring_report_says_what_drifted_and_what_units_allow():
+    calls, shares = scored(samples=("a",))
+    calls = calls.assign(n_units=3, low=0.8, high=0.9, interval="range of 3 units, no interval")
+    drift = pd.DataFrame({"ks": [0.5], "psi": [0.9]}, index=pd.Index(["n_genes"], name="quantity"))
+    page = report.scores_page(calls, shares, META, drift=drift, drifted=["Genes differ"])
+    for said in ("Genes differ.", "range of 3 units, no interval", "0.500", "calibrated on"):
+        assert said in page
+    assert_stands_alone(page)
+
+
+def test_a_projection_stands_beside_the_calls_with_its_null():
+    calls, shares = scored(samples=("a",))
+    told = {
+        "samples": {
+            "a": {
+                "sentence": "Sample a resembles RET", "residual_share": None,
+                "weights": {"RET": {"weight": 0.5, "low": 0.4, "high": 0.6}},
+            }
+        },
+        "null": {"RET": 0.1}, "left_out": {"b": "too few cells"},
+    }  # fmt: skip
+    page = report.scores_page(calls, shares, META, projection=told)
+    for said in ("Sample a resembles RET", "RET 0.10", "b: too few cells"):
+        assert said in page
+    assert_stands_alone(page)
+
+
+def test_a_table_without_sentences_is_refused():
+    calls, shares = scored()
+    with pytest.raises(Refusal, match="sentence"):
+        report.scores_page(calls.drop(columns="sentence"), shares, META)
 
 
 # -- card and last screen -----------------------------------------------------------------------

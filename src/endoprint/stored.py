@@ -236,14 +236,20 @@ def _laid_out(
 ) -> Any:  # fmt: skip
     """Return a function that reads rows of what is laid out anew, by whoever needs it first."""
     laid = scratch / f"{path.name}.rows.h5"
-    scratch.mkdir(parents=True, exist_ok=True)
-    with FileLock(laid.with_suffix(".lock")):
-        if not laid.is_file():
-            transposed.lay_out(
-                entries(), laid, n_cells=shape[0], n_genes=shape[1], n_entries=n_entries
-            )
-    file = stack.enter_context(h5py.File(laid, "r"))
-    return lambda start, stop: _csr(file, start, stop, shape[1])
+    opened: list[h5py.File] = []
+
+    def read(start: int, stop: int) -> sparse.csr_matrix:
+        if not opened:
+            scratch.mkdir(parents=True, exist_ok=True)
+            with FileLock(laid.with_suffix(".lock")):
+                if not laid.is_file():
+                    transposed.lay_out(
+                        entries(), laid, n_cells=shape[0], n_genes=shape[1], n_entries=n_entries
+                    )
+            opened.append(stack.enter_context(h5py.File(laid, "r")))
+        return _csr(opened[0], start, stop, shape[1])
+
+    return read
 
 
 def _csr(group: Any, start: int, stop: int, n_genes: int) -> sparse.csr_matrix:

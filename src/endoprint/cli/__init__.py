@@ -61,7 +61,7 @@ def show(screen: Any) -> None:
 
 def main() -> None:
     """Entry point of the `endoprint` command."""
-    from endoprint.cli import data, embedding, fitting, records, registry, story, up  # noqa: F401 -- they add commands
+    from endoprint.cli import data, embedding, fitting, records, registry, scoring, story, up  # noqa: F401 -- they add commands
     from endoprint.workspace import settings
 
     for name, value in settings().items():  # before anything heavy reads them

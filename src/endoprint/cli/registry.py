@@ -1,4 +1,4 @@
-"""Commands on what is live: promote, retire, rollback, score, ui, gc."""
+"""Commands on what is live: promote, retire, rollback, ui, gc."""
 
 from __future__ import annotations
 
@@ -48,28 +48,6 @@ def rollback(
     """Make an earlier champion live again."""
     done = jobs.rollback(str(workspace), version=version)
     say(done, f"live again: {done['champion']}", as_json)
-
-
-@app.command()
-def score(
-    file: Annotated[Path, typer.Argument(help="h5ad of cells, or a folder of them")],
-    out_dir: Annotated[Path, typer.Argument(help="folder for scores.parquet and report.html")],
-    model: Annotated[str, typer.Option(help="models:/NAME@champion (default) or /VERSION")] = "",
-    workspace: Folder = Path(),
-    as_json: Json = False,
-) -> None:
-    """Say of every cell what it was exposed to, with the champion."""
-    # typed paths are from here, whichever workspace is meant
-    path = Path(
-        jobs.score(
-            str(workspace), file=str(file.absolute()), out=str(out_dir.absolute()), model=model
-        )
-    )
-    summary = json.loads(path.read_text())
-    samples = json.loads(path.with_name("samples.json").read_text())
-    lines = jobs.stops(str(workspace))  # what the training data forbid stands before any call
-    lines += [sample["sentence"] for sample in samples.values()]
-    say(summary, "\n".join([*lines, f"{summary['n_cells']} cells scored: {out_dir}"]), as_json)
 
 
 @app.command()

@@ -31,13 +31,14 @@ from endoprint.jobs.deciding import (
 )
 from endoprint.jobs.embedding import embed
 from endoprint.jobs.fitting import figures_of, leaderboard, pretrain, train
-from endoprint.jobs.live import gc, score
+from endoprint.jobs.inbox import score_inbox
+from endoprint.jobs.live import gc
 from endoprint.jobs.nights import end_night, night, wants_pretraining
 from endoprint.jobs.records import history, lineage, plan, seen, verify, who
 from endoprint.jobs.reproducing import reproduce
 from endoprint.jobs.running import recover, status
+from endoprint.jobs.scoring import evaluate_scores, plan_scoring, score, score_part
 from endoprint.jobs.searching import search, search_result
-from endoprint.jobs.sharing import pull
 from endoprint.jobs.sharing import pull
 from endoprint.jobs.story import (
     Step,
@@ -59,6 +60,7 @@ __all__ = [
     "curate",
     "embed",
     "end_night",
+    "evaluate_scores",
     "figures_of",
     "gc",
     "history",
@@ -70,10 +72,10 @@ __all__ = [
     "model_names",
     "night",
     "plan",
+    "plan_scoring",
     "prepare",
     "pretrain",
     "promote",
-    "pull",
     "pull",
     "recover",
     "register",
@@ -81,6 +83,8 @@ __all__ = [
     "retire",
     "rollback",
     "score",
+    "score_inbox",
+    "score_part",
     "search",
     "search_result",
     "seen",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from endoprint.config import Params
-from endoprint.jobs import data, deciding, fitting, live, searching
+from endoprint.jobs import data, deciding, fitting, scoring, searching
 from endoprint.jobs.data import write_json
 from endoprint.workspace import Workspace
 
@@ -58,7 +58,7 @@ def story_steps(workspace: str) -> list[Step]:
         Step("promote", deciding.promote),
     ]
     if params.score:
-        steps += [Step("score", live.score_if_live, {"file": params.score, "out": SCORES})]
+        steps += [Step("score", scoring.score_if_live, {"file": params.score, "out": SCORES})]
     return steps
 
 

@@ -14,59 +14,80 @@ from endoprint.report.board import counted, design_notes
 from endoprint.report.figures import NO_CALL
 from endoprint.report.page import Note
 
-MUCH_NOVEL = 0.2  # share of cells; training units themselves show up to 0.05 by construction
+MUCH_WITHHELD = 0.2  # share of cells; training units themselves show up to 0.05 by construction
 FEW_GENES = 0.5  # share of the model's genes that a file has (a guess)
 
 
-def scores_page(scores: pd.DataFrame, sample_calls: pd.DataFrame, meta: Mapping[str, Any]) -> str:
+def scores_page(
+    calls: pd.DataFrame,
+    shares: pd.DataFrame,
+    meta: Mapping[str, Any],
+    *,
+    drift: pd.DataFrame | None = None,
+    drifted: Sequence[str] = (),
+    units: pd.DataFrame | None = None,
+    projection: Mapping[str, Any] | None = None,
+) -> str:
     """Return the report of one scoring as a self-contained HTML page.
 
-    `scores`: one row per cell, columns sample, call, confidence, abstain (of the parquet; others
-    are not read). `sample_calls`: as `population.sample_calls`, one row per sample. `meta`: as
-    `scoring.ScoreSummary.to_json()`; further keys are `audit` (of the training data),
-    `is_calibration_unit_validated`, `control`, `task` and `scored_at`; any may be absent.
+    `calls`: as `population.sample_calls`, one row per sample. `shares`: of each sample's cells, by
+    the call they show; rows miss one by the calls withheld. `meta`: as `ScoreSummary.to_json()`;
+    further keys are `audit` (of the training data), `is_calibration_unit_validated`, `control`,
+    `task` and `scored_at`; any may be absent. `drift`: as `drift.compare`, `drifted` its
+    sentences; `units`: calls per sample and unit; `projection`: as `Projection.to_json()`.
     """
-    absent = {"sample", "call"} - set(scores.columns)
-    if absent or "sentence" not in sample_calls:
+    if "sentence" not in calls:
         raise Refusal(
-            "a scoring report needs sample and call per cell, and a sentence per sample",
-            f"none in column {', '.join(sorted(absent)) or 'sentence'}",
-            "pass the tables of scoring and of population.sample_calls",
+            "a scoring report needs a sentence per sample",
+            f"columns {', '.join(map(str, calls.columns)) or 'none'}",
+            "pass the table of population.sample_calls",
         )
-    said = [str(line) for line in sample_calls["sentence"]]
-    n_samples = counted(len(said), "sample")
+    said = [str(line) for line in calls["sentence"]]
+    by = str(meta.get("by") or "sample")
     blocks = [
         page.sentences(_stopped(said)),
         page.heading("Mind before you use this"),
-        page.notes(caveats(scores, sample_calls, meta)),
+        page.notes(caveats(calls, meta, drifted)),
     ]
-    if len(scores):
-        shares = call_shares(scores)
-        figure = figures.call_shares(
-            shares.reindex(sample_calls.index.astype(str)).dropna(how="all"),
-            control=meta.get("control"),
-        )
+    if len(shares):
+        withheld = shares.assign(**{NO_CALL: (1 - shares.sum(axis=1)).clip(lower=0)})
+        figure = figures.call_shares(withheld, control=meta.get("control"))
         blocks += [
             page.picture(
                 figure,
-                alt="share of each sample's cells by call",
-                caption="A sample's call weighs all of its cells' evidence; it is not a vote. "
-                f"“{NO_CALL}”: cells unlike any the model was trained on, or not readable.",
+                alt=f"share of each {by}'s cells by call",
+                caption="A population's call weighs all of its cells' evidence; it is not a vote. "
+                f"“{NO_CALL}”: withheld, because cells are unlike any the model was trained on, "
+                "called with a confidence that was mostly wrong on validation units, or "
+                "set aside.",
             ),
         ]
-    blocks += [
-        page.heading("Every sample"),
-        page.table(_sample_table(sample_calls), left=("sample", "unit", "call", "second call")),
-        page.heading("Where these answers come from"),
-        page.facts(provenance(meta)),
-    ]
+    words = (by, "unit", "call", "second call", "interval")
+    blocks += [page.heading(f"Every {by}"), page.table(_call_table(calls, by), left=words)]
+    if units is not None and len(units) > len(calls):
+        left = ("population", "unit", "call")
+        shown = page.table(_unit_table(units), left=left)
+        blocks.append(page.folded("Every unit of every population", shown))
+    if projection is not None:
+        blocks += _projected(projection, by)
+    if drift is not None and len(drift):
+        blocks += [
+            page.heading("Are these cells like those the model was calibrated on?"),
+            page.paragraph(
+                "KS and PSI say how far the distributions lie apart; “usual” is the farthest that "
+                "any unit of the validation cells lay from all of them together.",
+                kind="soft",
+            ),
+            page.table(drift.reset_index(), left=("quantity",)),
+        ]
+    blocks += [page.heading("Where these answers come from"), page.facts(provenance(meta))]
     of = f" of {meta['task']}" if meta.get("task") else ""
-    n_cells = counted(len(scores), "cell")
-    return page.document(f"Exposure calls{of}: {n_samples}, {n_cells}", blocks)
+    n_cells = counted(int(meta.get("n_cells", calls["n_cells"].sum())), "cell")
+    return page.document(f"Exposure calls{of}: {counted(len(said), by)}, {n_cells}", blocks)
 
 
 def caveats(
-    scores: pd.DataFrame, sample_calls: pd.DataFrame, meta: Mapping[str, Any]
+    calls: pd.DataFrame, meta: Mapping[str, Any], drifted: Sequence[str] = ()
 ) -> list[Note]:
     """Say what limits these answers: the training data's design first, then the cells scored."""
     notes = [
@@ -74,8 +95,8 @@ def caveats(
         for note in design_notes(meta.get("audit") or {})
     ]
     is_validated = meta.get("is_calibration_unit_validated")
-    if is_validated is None and "is_calibration_unit_validated" in sample_calls:
-        is_validated = bool(sample_calls["is_calibration_unit_validated"].all())
+    if is_validated is None and "is_calibration_unit_validated" in calls:
+        is_validated = bool(calls["is_calibration_unit_validated"].all())
     if is_validated is False:
         notes.append(
             Note(
@@ -84,23 +105,9 @@ def caveats(
                 "and may be too high for new ones.",
             )
         )
-    notes += _novel(scores, meta) + _unread(meta)
+    notes += [Note("mind", f"{line}.") for line in drifted]
+    notes += _withheld(meta) + _unread(meta)
     return sorted(notes, key=lambda note: ("stop", "mind", "fine").index(note.weight))
-
-
-def call_shares(scores: pd.DataFrame) -> pd.DataFrame:
-    """Return which share of each sample's cells was called what; samples x calls, rows sum to one.
-
-    Cells abstained from count as "no call".
-    """
-    call = scores["call"].astype(object).where(scores["call"].notna(), NO_CALL).astype(str)
-    if "abstain" in scores:
-        call = call.mask(scores["abstain"].astype(bool), NO_CALL)
-    sample = scores["sample"].astype(str).to_numpy()
-    shares = pd.crosstab(sample, call.to_numpy(), normalize="index")
-    known = [str(name)[2:] for name in scores.columns if str(name).startswith("p_")]
-    order = known or sorted(set(shares.columns) - {NO_CALL})
-    return shares.reindex(columns=[*order, NO_CALL], fill_value=0.0)
 
 
 def provenance(meta: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,26 +130,26 @@ def provenance(meta: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _novel(scores: pd.DataFrame, meta: Mapping[str, Any]) -> list[Note]:
-    """Say how many cells are like none the model was shown."""
-    n_novel, n_cells = meta.get("n_novel"), len(scores)
-    if "is_novel" in scores:
-        n_novel = int(scores["is_novel"].sum())
-    if not n_cells or n_novel is None:
-        return []
-    share = n_novel / n_cells
-    text = (
-        f"{share:.1%} of the cells ({n_novel:,} of {n_cells:,}) are unlike any cell the model was "
-        "trained on; their calls are withheld."
-    )
-    return [Note("mind" if share > MUCH_NOVEL else "fine", text)]
+def _withheld(meta: Mapping[str, Any]) -> list[Note]:
+    """Say how many cells are like none the model was shown, and how many calls are too unsure."""
+    notes, n_cells = [], meta.get("n_cells")
+    for key, why in (
+        ("n_novel", "are unlike any cell the model was trained on; their calls are withheld"),
+        ("n_unsure", "are called with a confidence that was mostly wrong on validation units; "
+         "their calls are withheld"),
+    ):  # fmt: skip
+        if n_cells and meta.get(key) is not None:
+            share = meta[key] / n_cells
+            text = f"{share:.1%} of the cells ({meta[key]:,} of {n_cells:,}) {why}."
+            notes.append(Note("mind" if share > MUCH_WITHHELD else "fine", text))
+    return notes
 
 
 def _unread(meta: Mapping[str, Any]) -> list[Note]:
     """Say which cells could not be judged, and which files lack genes."""
     notes = [
         Note("mind", f"{counted(n, 'cell')} without a call: {reason}.")
-        for reason, n in (meta.get("flags") or {}).items()
+        for reason, n in (meta.get("quarantined") or {}).items()
     ]
     for each in meta.get("inputs") or []:
         if each["gene_share"] < FEW_GENES:
@@ -159,27 +166,68 @@ def _unread(meta: Mapping[str, Any]) -> list[Note]:
     return notes
 
 
-def _sample_table(sample_calls: pd.DataFrame) -> pd.DataFrame:
+def _call_table(calls: pd.DataFrame, by: str) -> pd.DataFrame:
     columns = {
         "unit": "unit",
         "n_cells": "cells",
         "call": "call",
         "confidence": "confidence",
+        "low": "from",
+        "high": "to",
+        "interval": "interval",
         "second_call": "second call",
         "second_confidence": "its confidence",
         "agreement": "cells that agree",
         "novel_share": "novel cells",
     }
-    known = {name: head for name, head in columns.items() if name in sample_calls}
-    table = sample_calls[list(known)].rename(columns=known)
-    for head in ("confidence", "its confidence"):
+    known = {name: head for name, head in columns.items() if name in calls}
+    if "n_units" in calls and not (calls["n_units"] > 1).any():  # nothing to be uncertain over
+        known = {name: head for name, head in known.items() if name not in ("low", "high")}
+    table = calls[list(known)].rename(columns=known)
+    for head in ("confidence", "its confidence", "from", "to"):
         if head in table:
             table[head] = [_sure(value) for value in table[head]]
     for head in ("cells that agree", "novel cells"):
         if head in table:
             table[head] = [_percent(value) for value in table[head]]
-    table.insert(0, "sample", sample_calls.index.astype(str))
+    table.insert(0, by, calls.index.astype(str))
     return table
+
+
+def _unit_table(units: pd.DataFrame) -> pd.DataFrame:
+    table = units[["population", "unit", "n_cells", "call", "confidence"]].copy()
+    table["confidence"] = [_sure(value) for value in table["confidence"]]
+    return table.rename(columns={"n_cells": "cells"})
+
+
+def _projected(projection: Mapping[str, Any], by: str) -> list[str]:
+    """Show on which known exposures each population projects, sentences first."""
+    samples = projection["samples"]
+    blocks = [page.heading("What they resemble: projection on the known exposures")]
+    blocks.append(page.sentences(_stopped([str(row["sentence"]) for row in samples.values()])))
+    rows = [
+        {
+            by: name, "exposure": group, "weight": said["weight"], "from": said["low"],
+            "to": said["high"], "unexplained": row["residual_share"],
+        }
+        for name, row in samples.items()
+        for group, said in row["weights"].items()
+        if said["weight"] > 0
+    ]  # fmt: skip
+    if rows:
+        blocks.append(page.table(pd.DataFrame(rows), left=(by, "exposure")))
+    null = projection.get("null")
+    told = ", ".join(f"{group} {value:.2f}" for group, value in null.items()) if isinstance(
+        null, Mapping
+    ) else str(null)  # fmt: skip
+    blocks.append(
+        page.paragraph(f"What control samples show against each other: {told}.", kind="soft")
+    )
+    left_out = projection.get("left_out") or {}
+    if left_out:
+        lines = [f"{name}: {why}" for name, why in left_out.items()]
+        blocks.append(page.folded("Not projected", page.sentences(lines)))
+    return blocks
 
 
 def _percent(value: float) -> str:
@@ -188,6 +236,8 @@ def _percent(value: float) -> str:
 
 def _sure(value: float) -> str:
     """Write a probability, never a false 1.00."""
+    if math.isnan(value):
+        return "–"
     return "> 0.99" if value > 0.99 else f"{value:.2f}"
 
 

@@ -17,7 +17,7 @@ from endoprint.registry import Version
 from endoprint.scoring.columns import COLUMNS, NO_ANSWER, NO_GENES, schema
 from endoprint.scoring.desk import Damaged, Desk, Watch, desk
 from endoprint.scoring.job import Job, Layout, Shard, plan
-from endoprint.scoring.summary import SCORES, SUMMARY, ScoreSummary, finished, sha256
+from endoprint.scoring.summary import SCORES, SUMMARY, ScoreSummary, finished, is_described, sha256
 
 __all__ = [
     "COLUMNS",
@@ -39,16 +39,16 @@ __all__ = [
     "score_job",
 ]
 
-Describe = Callable[[ScoreSummary], tuple[str, list[str]]]
+Describe = Callable[[ScoreSummary], list[str]]
 
 
 def silent(done: int, total: int) -> None:
     """Show no progress."""
 
 
-def nothing_else(summary: ScoreSummary) -> tuple[str, list[str]]:
+def nothing_else(summary: ScoreSummary) -> list[str]:
     """Write nothing beside the scores."""
-    return "", []
+    return []
 
 
 def score(
@@ -78,30 +78,32 @@ def score_job(
     out_dir: Path,
     *,
     watch: Watch = silent,
+    by: str = "",
     describe: Describe = nothing_else,
 ) -> ScoreSummary:
     """Do what is missing of a job, beside whoever else works on it; return what it came to.
 
-    `describe(summary)` writes what stands beside the scores (reports) and returns the column it
-    tells of and the names of its files, all written before the summary says that all is there.
+    `describe(summary)` writes what stands beside the scores, which tells of the populations of
+    column `by`, and returns the names of its files; the summary is written after them.
     """
     began = time.perf_counter()
     done = finished(out_dir, job.key)
-    if done is not None:
+    if done is not None and is_described(out_dir, done, by):
         return done
     with desk(out_dir, job) as own:
         while True:
-            own.work(model, watch=watch)
+            if done is None:
+                own.work(model, watch=watch)
             with own.alone():
                 done = finished(out_dir, job.key)
-                if done is not None:  # another worker put it together
-                    return done
+                if done is not None and is_described(out_dir, done, by):
+                    return done  # another worker put it together
                 try:
-                    told = own.publish(model, seconds=lambda: time.perf_counter() - began)
+                    told = done or own.publish(model, seconds=lambda: time.perf_counter() - began)
                 except Damaged:
                     continue
-                by, names = describe(told)
+                names = describe(told)
                 beside = {name: sha256(out_dir / name) for name in names}
-                told = replace(told, by=by, beside=beside)
+                told = replace(told, by=by, beside=beside, was_done_before=False)
                 own.seal(told)
                 return told

@@ -132,17 +132,24 @@ class Tally:
 
 
 def finished(out_dir: Path, key: str) -> ScoreSummary | None:
-    """Return the summary of this very job, if it stands finished and all is as it was written."""
+    """Return the summary of this very job, if it stands finished and its rows are as written."""
     try:
         summary = ScoreSummary.read(out_dir / SUMMARY)
     except (OSError, ValueError, TypeError, KeyError):
         return None  # none, or one of another make: the job is done anew
-    if summary.job_key != key:
+    scores = out_dir / summary.scores
+    is_same = summary.job_key == key and scores.is_file()
+    if not is_same or sha256(scores) != summary.scores_sha256:
         return None
-    for name, digest in {summary.scores: summary.scores_sha256, **summary.beside}.items():
-        if not (out_dir / name).is_file() or sha256(out_dir / name) != digest:
-            return None
     return replace(summary, was_done_before=True)
+
+
+def is_described(out_dir: Path, summary: ScoreSummary, by: str) -> bool:
+    """Say whether what stands beside the scores is all there, and tells of these populations."""
+    return summary.by == by and all(
+        (out_dir / name).is_file() and sha256(out_dir / name) == digest
+        for name, digest in summary.beside.items()
+    )
 
 
 def is_sealed(out_dir: Path, key: str) -> bool:
