@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers import BertModel
 
 from endoprint.config import Refusal
@@ -69,6 +70,7 @@ class Reader(nn.Module, ABC):
         self.register_buffer("typical_length", torch.tensor(float(genes_per_cell)))
         self.uses_bf16 = uses_bf16
         self.n_frozen = 0  # layers that do not learn, and the embeddings with them
+        self.recomputes = False  # a layer's inside on the way back, instead of keeping it
         self.is_grown = True  # whether layers are read; not where they are the identity anyway
 
     @staticmethod
@@ -136,8 +138,14 @@ class Reader(nn.Module, ABC):
         if not self.is_grown:
             # layers that add nothing only normalise, and to normalise twice is to do it once
             return self.ends(layers[-1])[1][-1](x_RTD) if layers else x_RTD
+        recomputes = self.recomputes and self.training and torch.is_grad_enabled()
         for layer in layers:
-            x_RTD = self.through(layer, x_RTD, minibatch.mask_RT)
+            given = (layer, x_RTD, minibatch.mask_RT)
+            x_RTD = (
+                checkpoint(self.through, *given, use_reentrant=False)
+                if recomputes
+                else self.through(*given)
+            )
         return x_RTD
 
     def hidden(self, minibatch: Minibatch) -> Tensor:

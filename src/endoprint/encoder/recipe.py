@@ -49,6 +49,7 @@ class Recipe(Config):
     # -- cost -------------------------------------------------------------------------------------
     minibatch_cells: int = 32  # cells per training step
     minibatch_tokens: int = 65_536  # most tokens per minibatch: bounds memory
+    gradient_checkpointing: bool = False  # a layer's inside is computed again: memory for a third
     frozen_layers: int = 0  # counted from the input, embeddings included
     head_only: bool = False  # the encoder at rest, logistic regression on its vectors; no votes
     head_penalty: float | None = None  # of that regression, per cell; none: by validation cells

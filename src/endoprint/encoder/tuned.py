@@ -94,6 +94,7 @@ class EncoderModel(ExposureModel):
                 matrices=config.lora_matrices,
                 seed=self.seed,
             )
+        self._network.recomputes = config.gradient_checkpointing
         if config.grow_after and not (self._network.stages()[1] and self._network.is_identity()):
             raise Refusal(
                 "layers grow that begin as the identity",
