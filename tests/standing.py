@@ -19,7 +19,7 @@ from children import MAIN, environment
 from endoprint.services.processes import marked
 from endoprint.workspace import Workspace
 
-PATIENCE_SECONDS = 240  # a busy machine is slow, not wrong
+PATIENCE_SECONDS = 900  # a busy machine is slow, not wrong
 
 
 class Standing:

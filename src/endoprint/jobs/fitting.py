@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from endoprint.tracking import Run
 
 BAR = "logistic"  # what every model is compared with, unless the field lacks it
+DESCRIPTION = "mlflow.note.content"  # Markdown that MLflow's UI shows above a run
 FEWEST_TO_SHUFFLE = 3  # units; of two, and two exposures, half of all shuffles change nothing
 
 
@@ -248,7 +249,7 @@ def leaderboard(workspace: str) -> str:
     import pandas as pd
 
     from endoprint import runs, tracking
-    from endoprint.report import Board, leaderboard_page
+    from endoprint.report import Board, described, leaderboard_page
 
     cells, split = cells_and_split(space)
     latest = latest_fits(space)
@@ -298,7 +299,8 @@ def leaderboard(workspace: str) -> str:
     with tracking.run(space, name="leaderboard", kind="leaderboard") as run:
         run.file(Path(path))
         run.file(page)
-        run.tags({"split_hash": split.hash, "leader": leader})
+        run.tags({"split_hash": split.hash, "leader": leader, DESCRIPTION: described(board)})
+        run.metrics({"macro_f1": float(latest.loc[leader, "macro_f1"])})
     return path
 
 

@@ -6,6 +6,7 @@ figures, HTML, markdown and terminal text come out.
 
 from endoprint.report.board import Board, design_notes, sentence, verdict
 from endoprint.report.card import model_card, origins
+from endoprint.report.described import described
 from endoprint.report.figures import (
     call_shares,
     confusion,
@@ -26,6 +27,7 @@ __all__ = [
     "call_shares",
     "confusion",
     "cost_quality",
+    "described",
     "design_notes",
     "leaderboard",
     "leaderboard_page",

@@ -25,7 +25,7 @@ from endoprint.services.plan import Plan, Service
 from endoprint.services.prefect_api import Prefect
 from endoprint.workspace import Workspace
 
-PATIENCE_SECONDS = 180.0  # for a service to answer; a busy machine is slow, not wrong
+PATIENCE_SECONDS = 600.0  # for a service to answer; a busy machine is slow, not wrong
 SILENT_SECONDS = 120.0  # of a service that answered before: it hangs, and is started again
 LOOK_SECONDS, CARE_SECONDS = 0.5, 10.0  # between looks at processes, and at what they answer
 LONGEST_PAUSE_SECONDS = 30.0  # between two starts of a service that keeps dying
