@@ -1,0 +1,157 @@
+"""What scoring costs beside the model and reading, and whether its memory grows with the file.
+
+`python benchmarks/scoring.py [--cells 50000 200000] [--genes 20000] [--detected 2800]`: each size
+is scored once in a process of its own. `reading` is from disk to a sparse matrix, `door` checks
+and names it, `model` is `predict_proba` and `novelty`; the overhead is all but the model
+and reading, with and without the door. Processor seconds: other work on the machine changes them
+less than the clock. Memory is the process's peak, imports included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from scipy import sparse
+
+BLOCK_CELLS = 2500  # made once and repeated: what is measured does not depend on the values
+TRAINED_ON = 600
+
+
+def counts(n_cells: int, n_genes: int, n_detected: int, seed: int) -> sparse.csr_matrix:
+    """Return counts with `n_detected` genes in every cell, the first genes oftener."""
+    rng = np.random.default_rng(seed)
+    weight = 1.0 / np.arange(1, n_genes + 1) ** 0.3
+    order = np.argsort(rng.random((n_cells, n_genes), np.float32) ** (1 / weight), axis=1)
+    indices = np.sort(order[:, -n_detected:], axis=1).astype(np.int32)
+    data = rng.geometric(0.5, indices.size).astype(np.float32)
+    indptr = np.arange(0, indices.size + 1, n_detected)
+    return sparse.csr_matrix((data, indices.ravel(), indptr), shape=(n_cells, n_genes))
+
+
+def write(path: Path, block: sparse.csr_matrix, n_cells: int) -> None:
+    """Write `n_cells` as an h5ad, the block again and again, with int64 row pointers."""
+    n = -(-n_cells // block.shape[0])
+    genes = pd.DataFrame(index=[f"ENSG{i:011d}" for i in range(block.shape[1])])
+    ids = [f"cell{i:07d}" for i in range(n_cells)]
+    obs = pd.DataFrame({"unit": np.arange(n_cells) % 6}, index=ids).astype(str)
+    obs["sample"] = obs["unit"]
+    AnnData(obs=obs, var=genes).write_h5ad(path)
+    with h5py.File(path, "r+") as file:
+        if "X" in file:
+            del file["X"]
+        group = file.create_group("X")
+        group.attrs["encoding-type"], group.attrs["encoding-version"] = "csr_matrix", "0.1.0"
+        group.attrs["shape"] = (n_cells, block.shape[1])
+        per_cell = block.nnz // block.shape[0]
+        n_values = n_cells * per_cell
+        group["indptr"] = np.arange(0, n_values + 1, per_cell, dtype=np.int64)
+        for name, values in (("data", block.data), ("indices", block.indices)):
+            stored = group.create_dataset(name, (n_values,), values.dtype, chunks=(1 << 18,))
+            for i in range(n):
+                start, stop = i * block.nnz, min((i + 1) * block.nnz, n_values)
+                stored[start:stop] = values[: stop - start]
+
+
+def train(folder: Path, block: sparse.csr_matrix) -> None:
+    """Fit logistic regression on some cells of the block, exposures made up."""
+    from endoprint.models.logistic import Logistic
+
+    part = block[:TRAINED_ON]
+    i = np.arange(TRAINED_ON)
+    obs = pd.DataFrame({"exposure": np.array(["DMSO", "A", "B"])[i % 3]}, index=i.astype(str))
+    obs["unit"] = np.array(["u0", "u1", "u2", "u3"])[i // 150]
+    obs["n_counts"], obs["n_genes"] = np.asarray(part.sum(axis=1)).ravel(), np.diff(part.indptr)
+    names = [f"ENSG{i:011d}" for i in range(block.shape[1])]
+    cells = AnnData(part, obs=obs, var=pd.DataFrame(index=names))
+    Logistic().fit(cells[i < 450].copy(), cells[i >= 450].copy()).save(folder)
+
+
+def measure(path: Path, model_folder: Path, out: Path) -> dict[str, float]:
+    """Score once in this process, timing the model, the reading and the door."""
+    from endoprint import artefact, scoring, stored
+    from endoprint import cells as door
+    from endoprint.cells import CellsConfig
+    from endoprint.model import load
+    from endoprint.registry import Version
+
+    spent = {"reading": 0.0, "door": 0.0, "model": 0.0}
+
+    def timed(owner: Any, name: str, into: str) -> None:
+        inner: Callable[..., Any] = getattr(owner, name)
+
+        def run(*given: Any, **named: Any) -> Any:
+            began = time.process_time()
+            try:
+                return inner(*given, **named)
+            finally:
+                spent[into] += time.process_time() - began
+
+        setattr(owner, name, run)
+
+    model = load(model_folder)
+    timed(stored.Stored, "part", "reading")
+    timed(door, "to_score", "door")
+    timed(type(model), "predict_proba", "model")
+    timed(type(model), "novelty", "model")
+    version = Version("bench", "1", "", artefact.digest(model_folder), "logistic", {})
+    config = CellsConfig(unit_keys=["unit"], sample_key="sample")
+    began, wall = time.process_time(), time.perf_counter()
+    done = scoring.score(model, version, path, out, cells=config)
+    total = time.process_time() - began
+    peak = Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]
+    return {
+        "cells": done.n_cells,
+        "wall_seconds": time.perf_counter() - wall,
+        "cpu_seconds": total,
+        **{f"{name}_cpu_seconds": value for name, value in spent.items()},
+        "overhead": 1 - (spent["model"] + spent["reading"]) / total,
+        "overhead_without_door": 1 - sum(spent.values()) / total,
+        "peak_gib": int(peak) * 1024 / 2**30,
+    }
+
+
+def main() -> None:
+    """Print one line per size, and how memory compares."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--cells", type=int, nargs="+", default=[50_000, 200_000])
+    options.add_argument("--genes", type=int, default=20_000)
+    options.add_argument("--detected", type=int, default=2_800)
+    options.add_argument("--measure", nargs=3, type=Path, help=argparse.SUPPRESS)
+    chosen = options.parse_args()
+    if chosen.measure:
+        print(json.dumps(measure(*chosen.measure)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        top = Path(folder)
+        block = counts(BLOCK_CELLS, chosen.genes, chosen.detected, seed=0)
+        train(top / "model", block)
+        found = []
+        for n_cells in chosen.cells:
+            path = top / f"{n_cells}.h5ad"
+            write(path, block, n_cells)
+            words = [sys.executable, __file__, "--measure", path, top / "model", top / "out"]
+            done = subprocess.run(
+                list(map(str, words)), check=True, capture_output=True, text=True, env=os.environ
+            )
+            found.append(json.loads(done.stdout.splitlines()[-1]))
+            print(json.dumps(found[-1]), flush=True)
+            path.unlink()
+        growth = found[-1]["peak_gib"] / found[0]["peak_gib"] - 1
+        print(f"memory of the largest against the smallest: {growth:+.1%}")
+
+
+if __name__ == "__main__":
+    main()
