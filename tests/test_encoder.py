@@ -537,16 +537,42 @@ def test_frozen_layers_stay_as_they_are():
         loop(RECIPE.model_copy(update={"frozen_layers": 3}))
 
 
-def test_rare_exposures_weigh_as_much_as_common_ones():
-    """With every cell alike, class-balanced evidence knows no prior: all exposures are equal."""
-    truth = np.array([0] * 40 + [1] * 8)
-    alike = Lesson(tokens_of(*([[5, 6, 7]] * 48)), truth)
-    net = Network(small().bert, 2, has_votes=True)
-    recipe = Recipe(epochs=40, min_steps=0, minibatch_cells=48, vector_dropout=0.0, block_share=1)
+RARE = np.array([0] * 40 + [1] * 8 + [2] * 3)
+
+
+def test_balanced_sampling_meets_exposures_equally_often_and_leaves_no_rare_cell_out():
+    recipe = RECIPE.model_copy(update={"sampling": "balanced"})
+    cells = Lesson(tokens_of(*([[5, 6, 7]] * 51)), RARE)
     nobody = Lesson(tokens_of(), np.zeros(0, dtype=np.int64))
-    Loop(net, alike, nobody, recipe, recipe.layout(has_specials=False), seed=0).run(silent)
-    logits = answer(net, alike.tokens, Layout(0, "rank", False), minibatch_tokens=999).logits_BE
-    assert np.abs(logits[:, 0] - logits[:, 1]).max() < 0.05
+    net = Network(small().bert, 3, has_votes=True)
+    made = Loop(net, cells, nobody, recipe, recipe.layout(has_specials=False), seed=0)
+    assert made.weight_E.tolist() == [1, 1, 1]
+    met = []
+    for epoch in range(2):
+        drawn = np.concatenate(made._plan(epoch))
+        assert np.bincount(RARE[drawn]).tolist() == [17, 17, 17]
+        times = np.bincount(drawn, minlength=51)
+        assert set(times[:40]) == {0, 1}  # common: some once
+        assert set(times[40:48]) == {2, 3}  # rare: all, and again
+        assert set(times[48:]) == {5, 6}
+        met.append(tuple(drawn))
+    assert met[0] != met[1]
+
+
+def test_both_ways_to_weigh_exposures_alike_know_no_prior():
+    """With every cell alike, evidence without a prior is equal for all exposures."""
+    for sampling in ("each", "balanced"):
+        recipe = Recipe(
+            epochs=40, min_steps=0, minibatch_cells=51, vector_dropout=0.0, block_share=1,
+            sampling=sampling,
+        )  # fmt: skip
+        alike = Lesson(tokens_of(*([[5, 6, 7]] * 51)), RARE)
+        nobody = Lesson(tokens_of(), np.zeros(0, dtype=np.int64))
+        net = Network(small().bert, 3, has_votes=True)
+        Loop(net, alike, nobody, recipe, recipe.layout(has_specials=False), seed=0).run(silent)
+        layout = Layout(0, "rank", False)
+        logits = answer(net, alike.tokens, layout, minibatch_tokens=999).logits_BE
+        assert np.ptp(logits, axis=1).max() < 0.05, sampling
 
 
 def test_the_learning_rate_rises_then_declines_to_nothing():

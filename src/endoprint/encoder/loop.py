@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 
 from endoprint.bins import Binned
 from endoprint.encoder import checkpoint
-from endoprint.encoder.minibatches import Layout, Minibatch, Sentences, assemble, plan
+from endoprint.encoder.minibatches import Layout, Minibatch, Sentences, assemble, balanced, plan
 from endoprint.encoder.network import Put, Reader, answer, as_it_is
 from endoprint.encoder.recipe import Recipe, schedule_of
 from endoprint.encoder.step import Losses, Steps
@@ -54,11 +54,12 @@ class Progress:
 class Loop:
     """Train a network on some cells until others are called no better.
 
-    Exposures weigh equally in the loss, however many cells each has, so that the logits are
-    evidence without a prior. The epoch with the lowest validation loss is restored; without
-    validation cells the last one stays. The loss is taken at its best temperature, since models
-    are calibrated afterwards. Macro-F1 of some hundred cells is too coarse to choose by: chosen
-    so, the epoch before the last was taken by chance and cost .01 to .02 on unseen units.
+    Exposures weigh equally, however many cells each has, so that the logits are evidence without a
+    prior: by their weight in the loss, or by how often they are met (`Recipe.sampling`). The epoch
+    with the lowest validation loss is restored; without validation cells the last one stays. The
+    loss is taken at its best temperature, since models are calibrated afterwards. Macro-F1 of some
+    hundred cells is too coarse to choose by: chosen so, the epoch before the last was taken by
+    chance and cost .01 to .02 on unseen units.
     """
 
     def __init__(
@@ -80,6 +81,8 @@ class Loop:
         n_exposures = network.head.out_features
         n_cells = np.bincount(train.truth, minlength=n_exposures)
         weight = len(train.truth) / (n_exposures * np.maximum(n_cells, 1))
+        if recipe.sampling == "balanced":  # what is met equally often weighs equally already
+            weight = np.ones(n_exposures)
         self.weight_E = torch.tensor(weight, dtype=torch.float32, device=self.device)
         self._steps = len(self._plan(0))  # per epoch; lengths shift it by a few
         self.epochs = recipe.epochs_for(self._steps)
@@ -119,12 +122,15 @@ class Loop:
 
     # -- one epoch ------------------------------------------------------------------------------
     def _plan(self, epoch: int) -> list[Array]:
-        lengths = np.diff(self.train.tokens.offsets)
+        lengths, truth = np.diff(self.train.tokens.offsets), self.train.truth
         rng = np.random.default_rng([self.seed, epoch])
+        is_even = self.recipe.sampling == "balanced"
+        drawn = balanced(truth, rng) if is_even else np.arange(len(truth))
         cells, tokens = self.recipe.minibatch_cells, self.recipe.minibatch_tokens
         # at least two: one cell alone has no spread to be standardised by; and one per process
         least = max(2, self.team.size)
-        return plan(lengths, cells=cells, tokens=tokens, least=least, rng=rng)
+        dealt = plan(lengths[drawn], cells=cells, tokens=tokens, least=least, rng=rng)
+        return [drawn[places] for places in dealt]
 
     def _one_epoch(self) -> float:
         epoch = self.progress.epoch

@@ -121,6 +121,23 @@ class Minibatch:
         ]
 
 
+def balanced(truth: Array, rng: np.random.Generator) -> Array:
+    """Draw as many cells as there are, every exposure equally often (one more or less).
+
+    truth (n,): which exposure each cell met. A cell of a rare exposure comes again only after all
+    others of it came; of a common one, some stay out.
+    """
+    present = np.unique(truth)
+    n_each = np.full(len(present), len(truth) // len(present))
+    n_each[rng.permutation(len(present))[: len(truth) % len(present)]] += 1
+    drawn = []
+    for exposure, n in zip(present, n_each):
+        cells = np.flatnonzero(truth == exposure)
+        rounds = [rng.permutation(cells) for _ in range(-(-n // len(cells)))]
+        drawn.append(np.concatenate(rounds)[:n] if rounds else cells[:0])
+    return np.concatenate(drawn)
+
+
 def plan(
     lengths: Array,
     *,

@@ -48,6 +48,10 @@ class Recipe(Config):
     votes_decay: float = 0.3  # weight decay of the votes
     # -- cost -------------------------------------------------------------------------------------
     minibatch_cells: int = 32  # cells per training step
+    # each: every cell once an epoch, rare exposures weighing more in the loss; balanced: exposures
+    # equally often, cells of rare ones again and again, of common ones in part. The latter for an
+    # exposure so rare that most minibatches lack it: its weight would make single steps jump
+    sampling: Literal["each", "balanced"] = "each"
     minibatch_tokens: int = 65_536  # most tokens per minibatch: bounds memory
     gradient_checkpointing: bool = False  # a layer's inside is computed again: memory for a third
     frozen_layers: int = 0  # counted from the input, embeddings included
