@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -63,8 +64,17 @@ class Standing:
             None if payload is None else json.dumps(payload).encode(),
             {"content-type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.loads(answer.read())
+        for attempt in range(6):
+            try:
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    return json.loads(answer.read())
+            except (
+                urllib.error.HTTPError
+            ) as error:  # 503: its SQLite is busy, and nothing was done
+                if error.code != 503 or attempt == 5:
+                    raise
+                time.sleep(2)
+        raise AssertionError("unreachable")
 
     def begin(self, deployment: str, **parameters: Any) -> str:
         """Ask for a run of a deployment now; return its id."""

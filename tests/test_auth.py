@@ -19,7 +19,7 @@ from children import ROOT
 from conftest import planted_cells
 from endoprint import jobs, registry, tracking
 from endoprint.config import Refusal
-from endoprint.roles import acting
+from endoprint.roles import NAME, PASSWORD, acting
 from endoprint.services import grants, processes
 from endoprint.services.plan import AUTH_SECRETS, Plan
 from endoprint.workspace import Workspace
@@ -79,9 +79,14 @@ def refusal_of(error: MlflowException) -> int:
     return error.get_http_status_code()
 
 
-def test_who_is_nobody_sees_nothing(space: Workspace) -> None:
-    with pytest.raises((MlflowException, Refusal)):
+def test_who_is_nobody_sees_nothing(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(NAME, "nobody")
+    monkeypatch.setenv(PASSWORD, "guessed-guessed")
+    with pytest.raises(Refusal, match="lets in whom it knows"):
+        tracking.experiment(space, tracking.client(space))
+    with pytest.raises(MlflowException) as refused:
         tracking.client(space).search_experiments()
+    assert refusal_of(refused.value) == 401
 
 
 def test_a_reader_finds_and_loads_the_champion(

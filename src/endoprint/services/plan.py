@@ -133,6 +133,7 @@ class Plan:
             "PREFECT_API_URL": self.prefect_url,
             "PREFECT_LOGGING_LEVEL": "INFO",  # what a run's page in Prefect's UI shows
             "PREFECT_WORKER_QUERY_SECONDS": "5",
+            "PREFECT_CLIENT_MAX_RETRIES": "7",  # four minutes, as MLflow's: a server is restarted
         }
 
     # -- the three ------------------------------------------------------------------------------
@@ -167,6 +168,8 @@ class Plan:
             "PREFECT_UI_API_URL": f"{url}/api",
             "PREFECT_SERVER_API_HOST": self.host,
             "PREFECT_SERVER_API_PORT": port,
+            "PREFECT_SERVER_DATABASE_TIMEOUT": "60",  # 10 is too little for a busy laptop's SQLite
+            "PREFECT_SERVER_DATABASE_CONNECTION_TIMEOUT": "30",
             "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{url},http://localhost:{port}",
         }
         api = Prefect(f"{url}/api")

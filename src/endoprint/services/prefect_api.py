@@ -19,6 +19,7 @@ OPEN_STATES = ("RUNNING", "PENDING", "CANCELLING", "PAUSED")
 ATTEMPTS = 3  # of one flow run; one that kills its process each time is given up (a guess)
 PATIENCE_SECONDS = 10.0  # for one answer
 RECENT_SECONDS = 24 * 3600.0  # a crash of the day before yesterday has a night after it
+CONFLICT = 409  # it exists already
 NOTE = "failure"  # the artifact's key
 SETTLING_SECONDS = 20.0  # from a state's change until its process must be known (a guess)
 
@@ -62,6 +63,18 @@ class Prefect:
     def deployments(self) -> dict[str, str]:
         """Return deployment id -> name."""
         return {row["id"]: row["name"] for row in self.ask("deployments/filter", {})}
+
+    def make_pool(self) -> None:
+        """Make the pool that workers of this project serve, where there is none."""
+        types = self.ask("collections/views/aggregate-worker-metadata")
+        template = types["prefect"]["process"]["default_base_job_configuration"]
+        try:
+            self.ask(
+                "work_pools/", {"name": POOL, "type": "process", "base_job_template": template}
+            )
+        except urllib.error.HTTPError as error:
+            if error.code != CONFLICT:
+                raise
 
     def has_worker(self, name: str, *, since: float) -> bool:
         """Whether the pool has heard from this worker after `since` (seconds since the epoch)."""

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -72,10 +73,12 @@ class Up:
                 made = grants.grant(plan.mlflow_url, plan.space.experiment)
                 self.say(f"MLflow knows: {', '.join(made) or 'its administrator only'}")
             step(note="servers answer")
-            self._child("recover", RECOVER)
+            with ThreadPoolExecutor(1) as beside:
+                cleared = beside.submit(self._child, "recover", RECOVER)
+                self._register()
+                step(note="deployments registered")
+                cleared.result()
             step(note="crashes cleared up")
-            self._register()
-            step(note="deployments registered")
             self._reap(worker_started=time.time())
             self._start(worker)
             self._await([worker])
@@ -133,10 +136,9 @@ class Up:
         known = Prefect(plan.prefect_url).deployments()
         if known and kept.is_file() and kept.read_text() == now:
             return
-        command = [sys.executable, "-m", "prefect", "--no-prompt"]
-        pool = ["work-pool", "create", "endoprint", "--type", "process", "--overwrite"]
-        self._child("pool", [*command, *pool])
-        self._child("deploy", [*command, "deploy", "--all"], cwd=plan.home)
+        Prefect(plan.prefect_url).make_pool()
+        command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
+        self._child("deploy", command, cwd=plan.home)
         kept.write_text(now)
 
     # -- keep -----------------------------------------------------------------------------------
