@@ -53,6 +53,8 @@ def train(
 ) -> None:
     """Fit one model: judged on held-out development units, then fitted on all of them."""
     run = jobs.train(str(workspace), model=model, tuned="yes" if tuned else "")
+    if not run:  # one of a team's processes, whose lead says what there is to say
+        return
     figures = jobs.figures_of(str(workspace), run)
     stops = jobs.stops(str(workspace))
     part = "parts" if stops and stops[0].startswith("replicated: false") else "units"

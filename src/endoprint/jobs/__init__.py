@@ -30,10 +30,11 @@ from endoprint.jobs.deciding import (
     waits_for_approval,
 )
 from endoprint.jobs.embedding import embed
-from endoprint.jobs.fitting import figures_of, leaderboard, pretrain, train
+from endoprint.jobs.fitting import figures_of, leaderboard, train
 from endoprint.jobs.inbox import score_inbox
 from endoprint.jobs.live import gc
 from endoprint.jobs.nights import end_night, night, wants_pretraining
+from endoprint.jobs.pretraining import pretrain
 from endoprint.jobs.records import history, lineage, plan, seen, verify, who
 from endoprint.jobs.reproducing import reproduce
 from endoprint.jobs.running import recover, status

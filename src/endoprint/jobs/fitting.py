@@ -1,4 +1,4 @@
-"""Jobs that fit and compare: pretrain, train, leaderboard. Every fit is an MLflow run."""
+"""Jobs that fit and compare: train, leaderboard. Every fit is an MLflow run."""
 
 from __future__ import annotations
 
@@ -11,17 +11,13 @@ from endoprint import progress
 from endoprint.config import Refusal
 from endoprint.jobs.data import write_json
 from endoprint.jobs.materials import (
-    both,
     cells_and_split,
     latest_fits,
-    named_backbone,
-    pretrain_key,
-    refuse_held_out_lines,
     resources,
-    vocabulary_sha256,
     work_folder,
 )
 from endoprint.jobs.searching import n_trials_behind, search_result
+from endoprint.jobs.together import Member, Plan, team
 from endoprint.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -38,87 +34,40 @@ DESCRIPTION = "mlflow.note.content"  # Markdown that MLflow's UI shows above a r
 FEWEST_TO_SHUFFLE = 3  # units; of two, and two exposures, half of all shuffles change nothing
 
 
-# -- pre-training -------------------------------------------------------------------------------
-def pretrain(workspace: str, *, start: str = "") -> str:
-    """Pre-train a small backbone on the pool; return its run id.
-
-    The same pool, vocabulary and values give the run that stands already. `start`: a backbone to
-    go on from, a folder or a published name, at a tenth of the learning rate unless params.yaml
-    says one; what comes of it lies in `.endoprint/backbones/RUN`, for `checkpoint` to name.
-    """
-    space = Workspace.open(workspace)
-    from endoprint import cells, runs, tokens, tracking
-    from endoprint.encoder import backbone
-    from endoprint.encoder.pretrain import PretrainConfig
-    from endoprint.encoder.pretrain import pretrain as learn
-    from endoprint.lineage import hash_of
-    from endoprint.vocabulary import Vocabulary
-
-    config = space.params.section("pretrain", PretrainConfig)
-    if not space.pool.is_file():
-        raise Refusal(
-            "pre-training learns from a pool of unlabelled cells of other units",
-            f"none at {space.pool.relative_to(space.root)}",
-            "name cells.pool in params.yaml and run `endoprint run`",
-        )
-    if vocabulary_sha256(space) is None:
-        raise Refusal(
-            "pre-training and every fit after it share one vocabulary",
-            "one fitted inside every fit" if space.vocabulary.is_file() else "none yet",
-            "set tokens.vocabulary to pool, v1, v2 or a folder, and run `dvc repro`",
-        )
-    vocabulary = Vocabulary.read(space.vocabulary)
-    pool = cells.load(space.pool)
-    refuse_held_out_lines(space, pool)
-    key = pretrain_key(space)
-    begun = named_backbone(space, start) if start else None
-    if begun is not None:
-        origin = backbone.origin_of(begun)
-        if origin.vocabulary_sha256 is not None:
-            vocabulary.require(origin.vocabulary_sha256, "the backbone")
-        key = hash_of({"pretrain": key, "start": origin.sha256})
-        if "lr" not in config.model_fields_set:
-            config = config.model_copy(update={"lr": config.lr / 10})
-    done = runs.finished(space, "pretrain", {"pretrain_key": key})
-    if done:
-        if begun is not None:
-            runs.fetch(space, done[0], "backbone", space.local / "backbones")
-        return done[0]
-    with (
-        progress.task("pretrain", config.epochs) as step,
-        tracking.run(space, name="pretrain", kind="pretrain") as run,
-        work_folder(space, {"pretrain": key}, run.run_id) as work,
-    ):
-        folder = work / "backbone"
-        run.params(config)
-        told = learn(
-            tokens.of(pool, vocabulary),
-            vocabulary,
-            config,
-            folder,
-            units=sorted(set(pool.obs["unit"].astype(str))),
-            start=begun,
-            seed=space.params.seed,
-            watch=both(run.watch, step.watch),
-            work=work,
-        )
-        figures = ("n_cells", "epochs", "loss_before", "loss_after", "loss_of_frequencies")
-        run.metrics({name: told[name] for name in figures})
-        for file in sorted(folder.iterdir()):
-            run.file(file, "backbone")
-        run.tags({"pretrain_key": key, "vocabulary_sha256": vocabulary.sha256})
-    if begun is not None:
-        runs.fetch(space, run.run_id, "backbone", space.local / "backbones")
-    return run.run_id
-
-
 # -- training -----------------------------------------------------------------------------------
 def train(workspace: str, *, model: str, tuned: str = "") -> str:
     """Fit a model: in every development fold, to judge it, then on all development units.
 
     `tuned`: not empty: with the values its search found. Returns the run id; the run holds
-    figures, tables, lineage and the fitted model.
+    figures, tables, lineage and the fitted model. Under `torchrun` the processes train together
+    (docs/many-devices.md): the lead tracks and returns the id, the others fit with it and return
+    nothing.
     """
+    with team() as member:
+        if member.is_lead:
+            return _train(workspace, model=model, tuned=tuned, member=member)
+        _train_along(workspace, model, member.told({}))
+        return ""
+
+
+def _train_along(workspace: str, model: str, plan: Plan) -> None:
+    """Fit what the lead fits, and keep nothing: gradients are what it is for."""
+    space = Workspace.open(workspace)
+    from endoprint import judge
+    from endoprint.model import Resources, model_class
+
+    cls = model_class(model)
+    config = cls.Config.of(plan["config"], where=f"models.{model}")
+    offered = {name: path and Path(path) for name, path in plan["resources"].items()}
+    build = partial(cls, config, seed=space.params.seed, resources=Resources(**offered))
+    cells, split = cells_and_split(space)
+    work = Path(plan["work"])
+    judge.cross_fit(build, cells, split, work=work, seed=space.params.seed)
+    parts = split.parts(cells.obs, None)
+    build().fit(cells[parts.train].copy(), cells[parts.valid].copy(), work=work / "fit")
+
+
+def _train(workspace: str, *, model: str, tuned: str, member: Member) -> str:
     space = Workspace.open(workspace)
     from endoprint import artefact, identity, judge, tracking
     from endoprint.cells import md5
@@ -154,6 +103,8 @@ def train(workspace: str, *, model: str, tuned: str = "") -> str:
     ):
         run.params(config)
         run.record("config", said)
+        paths = {name: path and str(path) for name, path in vars(offered).items()}
+        member.told({"config": said, "resources": paths, "work": str(work)})
         with metered() as meter:
             judged = judge.cross_fit(
                 build, cells, split, work=work,
