@@ -29,12 +29,7 @@ from endoprint.registry import (
     rollback,
 )
 from endoprint.workspace import Workspace
-from lab import POLICY, bare_workspace, fit_and_track, furnish, moved_copy
-
-
-def weak() -> Logistic:
-    """A model too strongly penalised to say much."""
-    return Logistic(LogisticConfig(penalty=50.0, latent_width=4))
+from lab import POLICY, bare_workspace, fit_and_track, furnish, misled, moved_copy
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +37,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """A workspace with a good and a weak fit in it, made once and copied for every test."""
     root = tmp_path_factory.mktemp("fitted") / "space"
     made = furnish(bare_workspace(root), planted_cells(n_units=6, n_cells=8))
-    fit_and_track(made, model=weak())
+    fit_and_track(made, cells=misled(curated.load(made.cells)))
     fit_and_track(made)
     return made
 
@@ -151,84 +146,12 @@ def test_a_copy_changed_here_is_fetched_anew(lab: Workspace) -> None:
     assert artefact.digest(folder) == version.sha256
 
 
-# -- tampering ----------------------------------------------------------------------------------
-def edit(path: Path, old: str, new: str) -> None:
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new))
-
-
+# -- tampering (more of it in test_artefact.py) -------------------------------------------------
 def swap_weights(place: Path) -> None:
     weights = place / "data/model/model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-
-
-def link_weights(place: Path) -> None:
-    weights = place / "data/model/model.safetensors"
-    moved = place.parent / "elsewhere.safetensors"
-    shutil.move(weights, moved)
-    weights.symlink_to(moved)
-
-
-TAMPERINGS = {
-    "swapped weights": swap_weights,
-    "truncated weights": lambda p: (p / "data/model/model.safetensors").write_bytes(b"\x00" * 8),
-    "edited values": lambda p: edit(p / "data/model/model.json", "DMSO", "DMS0"),
-    "weights gone": lambda p: (p / "data/model/model.safetensors").unlink(),
-    "a file more": lambda p: (p / "data/model/extra.json").write_text("{}"),
-    "a pickle": lambda p: (p / "data/model/model.pkl").write_bytes(b"\x80\x04."),
-    "a torch file": lambda p: (p / "data/model/weights.pt").write_bytes(b"PK"),
-    "a script beside": lambda p: (p / "loader.py").write_text("raise SystemExit\n"),
-    "a script in data": lambda p: (p / "data/model/endoprint.py").write_text(""),
-    "a code folder": lambda p: (p / "code").mkdir() or (p / "code/a.json").write_text("{}"),
-    "another loader": lambda p: edit(p / "MLmodel", "endoprint.model", "os"),
-    "code paths": lambda p: edit(p / "MLmodel", "code: null", "code: code"),
-    "a second flavour": lambda p: edit(p / "MLmodel", "flavors:\n", "flavors:\n  sklearn: {}\n"),
-    "another data path": lambda p: edit(p / "MLmodel", "data: data/model", "data: /etc"),
-    "a python model": lambda p: edit(
-        p / "MLmodel", "code: null", "code: null\n    python_model: x"
-    ),
-    "yaml that builds objects": lambda p: (p / "MLmodel").write_text(
-        "!!python/object/apply:os.abort []"
-    ),
-    "no description": lambda p: (p / "MLmodel").unlink(),
-    "description not text": lambda p: (p / "MLmodel").write_bytes(b"\xff\xfe\x00"),
-    "oversized description": lambda p: (p / "conda.yaml").write_text("#" * 2_000_000),
-}
-
-
-@pytest.fixture(scope="module")
-def sound(fitted: Workspace) -> tuple[Path, str]:
-    """One logged artefact that passes every check, and its digest."""
-    place = artefact_of(fitted, good_run(fitted))
-    return place, artefact.digest(place / artefact.MODEL)
-
-
-def test_an_artefact_as_logged_is_sound(sound: tuple[Path, str]) -> None:
-    place, sha256 = sound
-    assert artefact.check(place, sha256=sha256) == place / "data/model"
-
-
-@pytest.mark.parametrize("name", TAMPERINGS)
-def test_a_tampered_artefact_is_refused_before_anything_of_it_runs(
-    sound: tuple[Path, str], tmp_path: Path, name: str
-) -> None:
-    place = tmp_path / "artefact"
-    shutil.copytree(sound[0], place)
-    TAMPERINGS[name](place)
-    with pytest.raises(Refusal) as refusal:
-        artefact.check(place, sha256=sound[1])
-    assert "\n" not in str(refusal.value)
-
-
-def test_links_inside_an_artefact_are_refused(sound: tuple[Path, str], tmp_path: Path) -> None:
-    place = tmp_path / "artefact"
-    shutil.copytree(sound[0], place)
-    link_weights(place)
-    with pytest.raises(Refusal, match=r"model\.safetensors"):
-        artefact.check(place, sha256=sound[1])
 
 
 def test_weights_swapped_in_the_store_are_refused_and_leave_nothing_here(lab: Workspace) -> None:
@@ -336,7 +259,7 @@ def test_a_model_fitted_on_a_test_unit_is_rejected_unopened(lab: Workspace) -> N
 
 @pytest.mark.parametrize("part", ["backbone", "vocabulary"])
 def test_a_base_that_saw_a_test_unit_is_rejected_unopened(lab: Workspace, part: str) -> None:
-    model = weak()
+    model = Logistic(LogisticConfig(penalty=0.1, latent_width=4))
     model.provenance[part] = {
         "label": "pre-trained here",
         "units": Split.read(lab.split).test,
@@ -366,7 +289,8 @@ def test_two_test_units_hold_unless_the_policy_allows_so_few(lab: Workspace) -> 
 def test_a_baseline_is_taken_from_its_newest_training_run(lab: Workspace) -> None:
     # timings of milliseconds on a busy machine: size decides
     lab.policy.write_text(POLICY + "must_beat: logistic\ncost_tolerance: 1.0\n")
-    register(lab, fit_and_track(lab, model=Costly()))
+    cells = misled(curated.load(lab.cells))
+    register(lab, fit_and_track(lab, model=Costly(), cells=cells))
     found = promote(lab)
     assert found.verdict.decision == "reject"
     assert "version 1 (costly) against logistic (baseline)" in found.verdict.reasons[0]
@@ -374,12 +298,12 @@ def test_a_baseline_is_taken_from_its_newest_training_run(lab: Workspace) -> Non
 
 
 class Costly(Logistic):
-    """The same model, too strongly penalised, and larger."""
+    """The same model, and larger."""
 
     name = "costly"
 
     def __init__(self, *arguments: object, **named: object) -> None:
-        super().__init__(LogisticConfig(penalty=50.0, latent_width=4))
+        super().__init__(LogisticConfig(penalty=0.1, latent_width=4))
 
     def n_parameters(self) -> int:
         return super().n_parameters() * 10

@@ -141,8 +141,9 @@ def describe(workspace: Workspace, version: Version, text: str) -> None:
         shown += f"\n\n(The rest is in {place} of run {version.run_id}.)\n"
     else:
         shown = text
-    store.update_model_version(version.name, version.version, description=shown)
-    store.log_text(version.run_id, text, place)
+    with acting("promoter"):
+        store.update_model_version(version.name, version.version, description=shown)
+        store.log_text(version.run_id, text, place)
 
 
 def _make_registered_model(store: mlflow.MlflowClient, name: str) -> None:
