@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from prefect import flow, task
+from prefect import State, flow, task
+from prefect.states import Completed
 
 from endoprint import jobs
 from flows.care import HOUR_SECONDS, NOTED, TRIED_AGAIN
@@ -22,8 +23,10 @@ def score(workspace: str = ".", file: str = "inbox", out: str = "scores", model:
 @flow(**NOTED)
 def score_inbox(
     workspace: str = ".", inbox: str = "inbox", out: str = "scores/inbox", model: str = ""
-) -> dict[str, Any]:
+) -> dict[str, Any] | State[Any]:
     """Score each new file of the inbox once, in order; return what became of which."""
+    if not jobs.has_files(workspace, inbox=inbox):
+        return Completed(name="Skipped", message=f"skipped: nothing lies in {inbox}")
     scored = task(jobs.score_inbox, name="score inbox", **LONG)
     return scored(workspace, inbox=inbox, out=out, model=model)
 

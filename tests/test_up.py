@@ -8,6 +8,7 @@ from __future__ import annotations
 import http.client
 import importlib.util
 import json
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -140,6 +141,14 @@ def test_what_is_refused_is_not_tried_again_and_leaves_a_note_with_the_remedy(
     assert "fields here are" in row["next step"]
     (task,) = up.ask("task_runs/filter", {"task_runs": {"flow_run_id": {"any_": [run_id]}}})
     assert task["run_count"] == 1
+
+
+def test_a_file_that_comes_into_the_inbox_is_scored(up: Standing) -> None:
+    inbox = up.space / "inbox"
+    inbox.mkdir()
+    shutil.copy(up.space / "data/cells/cells.h5ad", inbox / "new.h5ad")
+    scored = up.space / "scores/inbox/new.h5ad/scores.parquet"
+    until(scored.is_file, "its scores", up.log)
 
 
 # -- kills --------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ from endoprint.jobs.nights import end_night, night, wants_pretraining
 from endoprint.jobs.pretraining import pretrain
 from endoprint.jobs.records import history, lineage, plan, seen, verify, who
 from endoprint.jobs.reproducing import reproduce
-from endoprint.jobs.running import recover, status
+from endoprint.jobs.running import has_files, recover, status
 from endoprint.jobs.scoring import evaluate_scores, plan_scoring, score, score_part
 from endoprint.jobs.searching import search, search_result
 from endoprint.jobs.sharing import pull
@@ -65,6 +65,7 @@ __all__ = [
     "figures_of",
     "gc",
     "history",
+    "has_files",
     "init",
     "last_screen",
     "leaderboard",

@@ -34,3 +34,9 @@ def status(workspace: str) -> dict[str, Any]:
         except (OSError, ValueError):
             told["prefect_is_silent"] = True
     return {**told, **agenda}
+
+
+def has_files(workspace: str, *, inbox: str) -> bool:
+    """Whether anything lies in a workspace's inbox: where nothing does, nothing is to be said."""
+    folder = Workspace.at(workspace).root / inbox
+    return folder.is_dir() and any(not each.name.startswith(".") for each in folder.iterdir())

@@ -76,6 +76,13 @@ class Prefect:
             if error.code != CONFLICT:
                 raise
 
+    def begin(self, deployment: str) -> bool:
+        """Ask for a run of a deployment now; False where none has that name."""
+        found = [key for key, name in self.deployments().items() if name == deployment]
+        for key in found:
+            self.ask(f"deployments/{key}/create_flow_run", {})
+        return bool(found)
+
     def has_worker(self, name: str, *, since: float) -> bool:
         """Whether the pool has heard from this worker after `since` (seconds since the epoch)."""
         try:

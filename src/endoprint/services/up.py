@@ -31,6 +31,7 @@ SILENT_SECONDS = 120.0  # of a service that answered before: it hangs, and is st
 LOOK_SECONDS, CARE_SECONDS = 0.5, 10.0  # between looks at processes, and at what they answer
 LONGEST_PAUSE_SECONDS = 30.0  # between two starts of a service that keeps dying
 RECOVER = [sys.executable, "-c", "from endoprint.cli import main; main()", "recover"]
+INBOX, SCORING = "inbox", "hourly-score"  # as in prefect.yaml
 Say = Callable[[str], None]
 
 
@@ -56,6 +57,9 @@ class Up:
     def __init__(self, plan: Plan, say: Say) -> None:
         self.plan, self.say = plan, say
         self.kept: list[Kept] = []
+        # what lay in the inbox when it was last scored, and at the last look: (name, size, time)
+        self._inbox: list[tuple[str, int, int]] = []
+        self._seen: list[tuple[str, int, int]] = []
 
     # -- start ----------------------------------------------------------------------------------
     def begin(self) -> None:
@@ -181,10 +185,28 @@ class Up:
         try:
             if self._reap(worker_started=worker.started):
                 self._child("recover", RECOVER)
+            self._look_at_inbox()
         except Refusal as refusal:
             self.say(str(refusal))
         except (OSError, ValueError):
             return  # the server is being started again
+
+    def _look_at_inbox(self) -> None:
+        """Ask for a run of the scoring deployment when a file came and is no longer growing."""
+        folder = self.plan.space.root / INBOX
+        now = sorted(
+            (path.name, path.stat().st_size, path.stat().st_mtime_ns)
+            for path in (folder.iterdir() if folder.is_dir() else ())
+            if not path.name.startswith(".")
+        )
+        has_come = bool(set(now) - set(self._inbox))
+        if now and now == self._seen and has_come:
+            if Prefect(self.plan.prefect_url).begin(SCORING):
+                self.say(f"{INBOX}/ has new files; they are scored")
+            self._inbox = now
+        elif not has_come:
+            self._inbox = now
+        self._seen = now
 
     def _reap(self, *, worker_started: float) -> int:
         api = Prefect(self.plan.prefect_url)
