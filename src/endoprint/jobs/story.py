@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from endoprint.config import Params
-from endoprint.jobs import data, deciding, fitting, scoring, searching
+from endoprint.jobs import data, deciding, fitting, pretraining, scoring, searching
 from endoprint.jobs.data import write_json
 from endoprint.workspace import Workspace
 
@@ -40,7 +40,7 @@ def story_steps(workspace: str) -> list[Step]:
     searched, trials = _search(params)
     steps = [Step("simulate", data.simulate)] if params.simulate else []
     steps += [Step("prepare", data.prepare)]
-    steps += [Step("pretrain", fitting.pretrain)] if params.pretrain else []
+    steps += [Step("pretrain", pretraining.pretrain)] if params.pretrain else []
     if searched:
         told: dict[str, str | int] = {"model": searched, "trials": trials}
         steps += [Step(f"search {searched}", searching.search, told)]
