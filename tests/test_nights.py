@@ -1,0 +1,153 @@
+"""A night's work is skipped when nothing it depends on changed, and only then."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from endoprint import jobs
+from endoprint.config import Refusal
+from endoprint.jobs import nights
+from endoprint.roles import NAME, PASSWORD, acting, assume_reader
+from endoprint.spelled import without_secrets
+
+
+@pytest.fixture
+def space(tmp_path: Path) -> Path:
+    (tmp_path / "params.yaml").write_text("task: toy\ncells: {source: raw.h5ad}\n")
+    (tmp_path / "raw.h5ad").write_bytes(b"cells")
+    return tmp_path
+
+
+def worked(space: Path) -> dict[str, object]:
+    night = jobs.night(str(space))
+    jobs.end_night(str(space), night=night)
+    return night
+
+
+def test_the_first_night_has_everything_to_do_and_the_next_nothing(space: Path) -> None:
+    assert worked(space)["changed"] == "data, code, values"
+    again = jobs.night(str(space))
+    assert again["changed"] == ""
+    assert again["last"]
+
+
+def test_other_bytes_of_the_same_size_are_other_data(space: Path) -> None:
+    worked(space)
+    (space / "raw.h5ad").write_bytes(b"CELLS")
+    assert jobs.night(str(space))["changed"] == "data"
+
+
+def test_the_same_bytes_written_again_are_the_same_data(space: Path) -> None:
+    worked(space)
+    (space / "raw.h5ad").write_bytes(b"cells")
+    os.utime(space / "raw.h5ad", (1, 1))
+    assert jobs.night(str(space))["changed"] == ""
+
+
+def test_a_file_more_in_a_folder_of_cells_is_other_data(space: Path) -> None:
+    (space / "raw.h5ad").unlink()
+    (space / "raw.h5ad").mkdir()
+    (space / "raw.h5ad/one").write_text("1")
+    worked(space)
+    (space / "raw.h5ad/two").write_text("2")
+    assert jobs.night(str(space))["changed"] == "data"
+
+
+def test_another_value_or_rule_is_another_night(space: Path) -> None:
+    worked(space)
+    with (space / "params.yaml").open("a") as stream:
+        stream.write("seed: 1\n")
+    assert jobs.night(str(space))["changed"] == "values"
+    worked(space)
+    (space / "registry").mkdir()
+    (space / "registry/policy.yaml").write_text("must_beat: logistic\n")
+    assert jobs.night(str(space))["changed"] == "values"
+
+
+def test_other_code_is_another_night(space: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    worked(space)
+    monkeypatch.setattr(nights, "SOFTWARE", ("numpy",))
+    assert jobs.night(str(space))["changed"] == "code"
+
+
+def test_a_night_that_was_cut_short_keeps_its_name_and_a_finished_one_gives_it_up(
+    space: Path,
+) -> None:
+    cut_short = jobs.night(str(space))
+    assert jobs.night(str(space))["key"] == cut_short["key"]
+    jobs.end_night(str(space), night=cut_short)
+    assert jobs.night(str(space))["key"] != cut_short["key"]
+
+
+def test_a_torn_record_of_the_last_night_means_that_all_is_new(space: Path) -> None:
+    worked(space)
+    (space / ".endoprint/night.json").write_text('{"parts"')
+    assert jobs.night(str(space))["changed"] == "data, code, values"
+
+
+def test_a_night_without_cells_is_refused(space: Path) -> None:
+    (space / "raw.h5ad").unlink()
+    with pytest.raises(Refusal, match="begins with cells"):
+        jobs.night(str(space))
+
+
+def test_where_no_up_runs_status_says_so_and_asks_nobody(space: Path) -> None:
+    (space / ".endoprint").mkdir(exist_ok=True)
+    stale = {"pid": 2**22 - 1, "born": 1.0, "services": [], "prefect_api": "http://127.0.0.1:1"}
+    (space / ".endoprint/up.json").write_text(json.dumps(stale))
+    assert jobs.status(str(space))["is_running"] is False
+
+
+# -- who asks -----------------------------------------------------------------------------------
+def test_a_role_is_taken_for_a_job_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(NAME, "me")
+    monkeypatch.delenv(PASSWORD, raising=False)
+    monkeypatch.setenv("ENDOPRINT_TRAINER_PASSWORD", "secret")
+    with acting("trainer"), acting("promoter"):  # no promoter is known: still the trainer
+        assert (os.environ[NAME], os.environ[PASSWORD]) == ("trainer", "secret")
+    assert os.environ[NAME] == "me"
+    assert PASSWORD not in os.environ
+
+
+def test_nobody_becomes_a_reader_who_is_somebody_already(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENDOPRINT_READER_PASSWORD", "secret")
+    monkeypatch.setenv(NAME, "me")
+    assume_reader()
+    assert os.environ[NAME] == "me"
+
+
+def test_an_address_in_a_message_loses_its_password() -> None:
+    said = without_secrets("cannot reach\npostgresql://lab:s3cret@host/mlflow: refused")
+    assert said == "cannot reach postgresql://***@host/mlflow: refused"
+
+
+# -- what is tried again ------------------------------------------------------------------------
+@pytest.mark.skipif(
+    importlib.util.find_spec("prefect") is None, reason="the flows extra is not installed"
+)
+def test_only_what_may_pass_by_itself_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    from flows.care import is_passing
+    from mlflow.exceptions import MlflowException
+    from requests import ConnectionError as Unreachable
+    from sqlalchemy.exc import OperationalError
+
+    passing = [
+        OSError("disk"),
+        Unreachable("line"),
+        OperationalError("", {}, ValueError("locked")),
+    ]
+    lasting = [
+        Refusal("a rule", "that", "this"), FileNotFoundError("cells"), ValueError("shape"),
+        MemoryError(), TimeoutError("twelve hours"),
+        MlflowException("no", error_code=1000),  # INVALID_PARAMETER_VALUE
+    ]  # fmt: skip
+    assert [is_passing(error) for error in passing] == [True] * 3
+    assert [is_passing(error) for error in lasting] == [False] * 6
