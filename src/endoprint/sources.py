@@ -5,6 +5,7 @@ Only the parts that are needed are read: one matrix, `obs` and `var`.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -291,7 +292,10 @@ def readable(path: Path) -> Iterator[None]:
     """Turn what HDF5, zarr and anndata say of a broken file into one line."""
     try:
         yield
-    except (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+    except (
+        OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError, EOFError,
+        zlib.error,
+    ) as error:  # fmt: skip
         if isinstance(error, Refusal):
             raise
         said = str(error).strip().split("\n")[0][:160] or type(error).__name__

@@ -114,6 +114,13 @@ def _of_anndata(
         var = pd.DataFrame(read_elem(group["raw/var" if layer == "raw" else "var"]))
         rows = _rows_of(group[sources.place(layer)], path, len(var), scratch, stack)
         n_cells = _length(index)
+        n_rows = _n_rows(group[sources.place(layer)])
+        if n_rows != n_cells:
+            raise Refusal(
+                "counts have a row per cell and a column per gene",
+                f"{n_rows} rows for {n_cells} cells in {path.name}",
+                "check that the file was copied whole",
+            )
     return Stored(
         name=path.name,
         n_cells=n_cells,
@@ -228,6 +235,14 @@ def _rows_of(stored: Any, path: Path, n_genes: int, scratch: Path, stack: ExitSt
             lambda: transposed.by_gene(stored), scratch, path, shape, n_entries, stack
         )
     return lambda start, stop: _csr(stored, start, stop, n_genes)
+
+
+def _n_rows(stored: Any) -> int:
+    """Return how many cells a matrix has rows for, by what it says of itself."""
+    if hasattr(stored, "shape") and not hasattr(stored, "keys"):
+        return int(stored.shape[0])
+    shape = stored.attrs["shape"] if "shape" in stored.attrs else stored.attrs["h5sparse_shape"]
+    return int(shape[0])
 
 
 def _laid_out(
