@@ -69,3 +69,10 @@ def find_control(labels: Iterable[str]) -> str | None:
         return vehicle[0]
     worded = [label for label in labels if label.lower() in CONTROL_WORDS]
     return worded[0] if len(worded) == 1 else None
+
+
+def pathway_and_direction(exposure: str) -> tuple[str, str] | None:
+    """Return the two words of a canonical label, or None for a control, an EDC or one's own."""
+    pathway, _, direction = exposure.rpartition("_")
+    known = pathway in PATHWAYS and direction in DIRECTIONS
+    return (pathway, direction) if known else None

@@ -78,7 +78,7 @@ class Loop:
         self.recipe, self.layout, self.seed = recipe, layout, seed
         self.team = team or here()
         self.device = network.head.weight.device
-        n_exposures = network.head.out_features
+        n_exposures = network.n_exposures
         n_cells = np.bincount(train.truth, minlength=n_exposures)
         weight = len(train.truth) / (n_exposures * np.maximum(n_cells, 1))
         if recipe.sampling == "balanced":  # what is met equally often weighs equally already
@@ -228,7 +228,7 @@ class Loop:
     def _fingerprint(self) -> str:
         """Say which run this is: recipe, seed, first weights, cells and truth."""
         digest = hashlib.sha256(self.recipe.model_dump_json().encode())
-        digest.update(str((self.seed, self.network.head.out_features, self.epochs)).encode())
+        digest.update(str((self.seed, self.network.n_exposures, self.epochs)).encode())
         for key, tensor in checkpoint.snapshot(self.network).items():
             digest.update(key.encode() + tensor.numpy().tobytes())
         for lesson in (self.train, self.valid):

@@ -9,7 +9,8 @@ without the votes, .62 with them, logistic regression .63. Where one response is
 in blood cells, an unseen donor) the backbone alone is level with both, at .99.
 Votes start at zero, so the backbone decides from the start whatever they cannot.
 
-Shapes: B cells, N their tokens, R rows, T tokens of a row, D width, E exposures, V vocabulary.
+Shapes: B cells, N their tokens, R rows, T tokens of a row, D width, E exposures, P parts of
+exposures, V vocabulary.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class Reader(nn.Module, ABC):
 
     name: ClassVar[str]  # under which the backbone's weights are kept
     typical_length: Tensor
+    composition_EP: Tensor | None
 
     def __init__(
         self,
@@ -55,14 +57,20 @@ class Reader(nn.Module, ABC):
         vector_dropout: float = 0.0,
         genes_per_cell: float = 1.0,
         uses_bf16: bool = False,
+        composition_EP: Array | None = None,
     ) -> None:
         super().__init__()
+        self.n_exposures = n_exposures
+        # which parts an exposure is made of; none: each is its own. Not saved: labels tell it
+        given = None if composition_EP is None else torch.from_numpy(composition_EP).float()
+        self.register_buffer("composition_EP", given, persistent=False)
+        n_parts = n_exposures if composition_EP is None else composition_EP.shape[1]
         width, n_tokens = self.size_of(backbone)
         self.add_module(self.name, backbone)
         self.standardise = nn.BatchNorm1d(width, affine=False)
         self.dropout = nn.Dropout(vector_dropout)
-        self.head = nn.Linear(width, n_exposures)
-        self.votes = nn.Embedding(n_tokens, n_exposures) if has_votes else None
+        self.head = nn.Linear(width, n_parts)
+        self.votes = nn.Embedding(n_tokens, n_parts) if has_votes else None
         for started_at_zero in (self.head.weight, self.head.bias):
             nn.init.zeros_(started_at_zero)
         if self.votes is not None:
@@ -178,16 +186,18 @@ class Reader(nn.Module, ABC):
     def weigh(self, pooled_BD: Tensor, minibatch: Minibatch) -> tuple[Tensor, Tensor]:
         """Return the same of cells whose hidden states are pooled already."""
         vector_BD = self.standardise(pooled_BD)
-        logits_BE: Tensor = self.head(self.dropout(vector_BD))
+        parts_BP: Tensor = self.head(self.dropout(vector_BD))
         if self.votes is not None:
-            logits_BE = logits_BE + functional.embedding_bag(
+            parts_BP = parts_BP + functional.embedding_bag(
                 minibatch.ids_N,
                 self.votes.weight,
                 minibatch.starts_B,
                 mode="sum",
                 per_sample_weights=minibatch.rank_weights_N * self.typical_length,
             )
-        return logits_BE, vector_BD
+        if self.composition_EP is None:
+            return parts_BP, vector_BD
+        return parts_BP @ self.composition_EP.T, vector_BD
 
     def pool(self, minibatch: Minibatch) -> Tensor:
         """Return the weighted sum of each cell's hidden states, (B, D)."""
@@ -271,7 +281,7 @@ def answer(
     """
     n_cells = len(tokens.offsets) - 1
     device = network.head.weight.device
-    logits = np.zeros((n_cells, network.head.out_features), dtype=np.float32)
+    logits = np.zeros((n_cells, network.n_exposures), dtype=np.float32)
     vectors = np.zeros((n_cells, network.head.in_features), dtype=np.float32)
     network.eval()
     lengths = np.diff(tokens.offsets)

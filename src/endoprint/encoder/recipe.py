@@ -43,6 +43,7 @@ class Recipe(Config):
     block: int = 64  # tokens attending to each other; 0: all
     block_share: float = 0.34  # read per training step
     pooling: Pooling = "rank"  # by rank weight | mean over genes | first position
+    head: Literal["flat", "structured"] = "flat"  # a row per exposure | per pathway and direction
     has_votes: bool = True  # each gene also votes directly for each exposure
     votes_lr: Annotated[float, FloatDistribution(3e-4, 3e-2, log=True)] = 3e-3  # peak
     votes_decay: float = 0.3  # weight decay of the votes
@@ -96,6 +97,12 @@ class Recipe(Config):
                 "a head alone leaves the encoder as it is",
                 f"head_only with lora_rank {self.lora_rank}",
                 "set lora_rank to 0",
+            ),
+            (
+                self.head_only and self.head == "structured",
+                "a head alone has a row per exposure",
+                "head_only with a structured head",
+                "set head to flat",
             ),
             (
                 self.grow_after > 0

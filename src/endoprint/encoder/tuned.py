@@ -25,6 +25,7 @@ from endoprint.encoder.lora import adapt, merge
 from endoprint.encoder.minibatches import Layout, Sentences
 from endoprint.encoder.network import Answers, Reader, answer
 from endoprint.encoder.recipe import Recipe, device_at_hand
+from endoprint.encoder.structure import composition_of
 from endoprint.model import ExposureModel, State, Watch
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -164,6 +165,9 @@ class EncoderModel(ExposureModel):
                 has_votes=config.has_votes,
                 vector_dropout=config.vector_dropout,
                 genes_per_cell=genes_per_cell,
+                composition_EP=composition_of(self.exposures)[1]
+                if config.head == "structured"
+                else None,
                 uses_bf16=config.precision == "bf16"
                 or (config.precision == "auto" and device.type == "cuda"),
             )
