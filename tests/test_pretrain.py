@@ -166,6 +166,42 @@ def test_genes_are_hidden_as_published_and_specials_never():
     assert kept == pytest.approx(0.1 + 0.1 / 40, abs=4 * np.sqrt(0.09 / n))
 
 
+def test_memory_that_runs_out_changes_no_step_of_pre_training(tmp_path, monkeypatch):
+    config = QUICK.model_copy(update={"epochs": 2, "dropout": 0.0})
+    plenty = learn(tmp_path / "plenty", config=config)
+    summed, asked = Pretraining._summed, []
+
+    def small(run, masked):
+        asked.append(len(masked.minibatch.cells_B))
+        if torch.is_grad_enabled() and asked[-1] > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return summed(run, masked)
+
+    monkeypatch.setattr(Pretraining, "_summed", small)
+    made = learn(tmp_path / "made", config=config)
+    assert 7 in asked  # 28, 14, 7
+    assert made["loss_after"] == pytest.approx(plenty["loss_after"], abs=1e-4)
+    assert made["loss_before"] == plenty["loss_before"]
+
+
+def test_hidden_genes_stay_with_their_cells_in_every_portion():
+    cells = programmes(n_cells=23)
+    vocabulary = Vocabulary.fit(cells, max_length=64)
+    made = tokens.of(cells, vocabulary)
+    whole = assemble(made, np.arange(23), Layout(8, "mean", True))
+    hidden = Masker(vocabulary)(whole, np.random.default_rng(0))
+    portions = hidden.portions(5)
+    assert [len(each.minibatch.cells_B) for each in portions] == [5, 5, 5, 5, 3]
+    for each in portions:
+        ids, chosen = each.minibatch.ids_RT, each.chosen_RT
+        rank = each.minibatch.positions_RT[chosen]
+        cell = each.minibatch.cells_B[each.minibatch.owner_R[chosen.nonzero()[:, 0]]]
+        wanted = [made[c][r] for c, r in zip(cell, rank)]
+        assert each.truth_M.tolist() == wanted
+        assert ids.shape == chosen.shape
+    assert sum(len(each.truth_M) for each in portions) == len(hidden.truth_M)
+
+
 def test_a_loss_that_is_not_finite_leaves_nothing_behind(learned, tmp_path):
     folder, _ = learned
     spoilt = tmp_path / "spoilt"

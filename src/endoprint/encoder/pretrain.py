@@ -17,13 +17,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from transformers import BertForMaskedLM
 
@@ -31,6 +31,8 @@ from endoprint.config import Config, Refusal
 from endoprint.encoder import backbone, checkpoint
 from endoprint.encoder.minibatches import Layout, Minibatch, assemble, plan
 from endoprint.encoder.recipe import device_at_hand, schedule_of
+from endoprint.encoder.step import Losses, Steps
+from endoprint.encoder.team import here
 from endoprint.model import Watch, silent
 from endoprint.tokens import Tokens
 from endoprint.vocabulary import Vocabulary
@@ -69,6 +71,22 @@ class Masked:
     chosen_RT: Tensor  # True where a gene is to be guessed
     truth_M: Tensor  # what it is
 
+    def take(self, chosen: Array) -> Masked:
+        """Return some of its cells, by their places in it (rising)."""
+        taken = self.minibatch.take(chosen)
+        rows = torch.from_numpy(np.isin(self.minibatch.owner_R.numpy(), chosen))
+        row_M = self.chosen_RT.nonzero()[:, 0]  # in the order of the truth
+        n_columns = taken.ids_RT.shape[1]
+        return Masked(taken, self.chosen_RT[rows, :n_columns], self.truth_M[rows[row_M]])
+
+    def portions(self, most: int) -> list[Masked]:
+        """Return it in portions of at most so many cells; itself, where that is all."""
+        n_cells = len(self.minibatch.cells_B)
+        if most >= n_cells:
+            return [self]
+        starts = range(0, n_cells, most)
+        return [self.take(np.arange(start, min(start + most, n_cells))) for start in starts]
+
 
 class Masker:
     """Hide genes: 15 % of them, at least one wherever there is one."""
@@ -91,7 +109,7 @@ class Masker:
         ids[chosen] = np.where(
             fate < MASKED, self.mask_id, np.where(fate < MASKED + REPLACED, other, truth)
         )
-        hidden = Minibatch(**{**vars(minibatch), "ids_RT": torch.from_numpy(ids)})
+        hidden = replace(minibatch, ids_RT=torch.from_numpy(ids))
         return Masked(hidden, torch.from_numpy(chosen), torch.from_numpy(truth))
 
 
@@ -113,11 +131,14 @@ def pretrain(
     be held out of any later comparison. `start`: the folder of a backbone to go on from, whose
     shape wins over the config's. `work`: where a killed run is taken up again.
     Writes config.json, model.safetensors, vocabulary.json and backbone.json; returns the last.
+    In a team of processes (`encoder.team`) the lead does so; the others return nothing.
     """
     run = Pretraining(tokens, vocabulary, config, start=start, seed=seed, work=work)
     before = run.loss()
     run.learn(watch)
     after = run.loss()
+    if not run.team.is_lead:
+        return {}
     n_cells = len(tokens.offsets) - 1
     continued = f", continued from {backbone.origin_of(start).label}" if start else ""
     seen = sorted(set(map(str, units)) | set(backbone.origin_of(start).units if start else []))
@@ -173,6 +194,8 @@ class Pretraining:
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
         )
+        self.team = here()
+        self.steps = Steps(self.model, self.optimizer, clip=config.clip, team=self.team)
         self.path = work / "pretraining.safetensors" if work is not None else None
 
     def _begin(self, vocabulary: Vocabulary, start: Path | None) -> BertForMaskedLM:
@@ -214,14 +237,20 @@ class Pretraining:
         factor = schedule_of(config.schedule, steps * config.epochs, config.warmup_share)
         run = self._fingerprint() if self.path else ""
         found = self.path and checkpoint.resume(self.path, run, self.model, self.optimizer)
-        history: list[dict[str, float]] = list(found[0]["history"]) if found else []
+        self.team.refuse_unless_alike(bool(found))
+        history: list[dict[str, float]] = []
+        if found:
+            history = list(found[0]["history"])
+            self.steps.portions.most = found[0]["cells_at_a_time"]
         for epoch, metrics in enumerate(history, start=1):
             watch(epoch, metrics)
         for epoch in range(len(history), config.epochs):
             train_loss = self.one_epoch(epoch, lambda done: config.lr * factor(int(done * steps)))
-            history.append({"train_loss": train_loss, "held_out_loss": self.loss()})
-            if self.path is not None:
-                values = {"fingerprint": run, "history": history}
+            metrics = {"train_loss": train_loss, "held_out_loss": self.loss()}
+            history.append(self.team.told(metrics))
+            if self.path is not None and self.team.is_lead:
+                most = self.steps.portions.most
+                values = {"fingerprint": run, "history": history, "cells_at_a_time": most}
                 checkpoint.save(self.path, values, self.model, self.optimizer)
             watch(epoch + 1, history[-1])
 
@@ -229,34 +258,38 @@ class Pretraining:
         """Go through the cells once; return the mean loss. `rate` of the epochs done so far."""
         planned = self._plan(epoch)
         rng = np.random.default_rng([self.seed, epoch, 1])
-        total = 0.0
+        losses = Losses(epoch, "lower pretrain.lr")
         self.model.train()
         on_gpu = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=on_gpu):
-            torch.manual_seed(self.seed * 1_000_003 + epoch)
+            # what is dropped differs between the cells of a team's processes
+            torch.manual_seed(self.seed * 1_000_003 + epoch + self.team.rank * 10_000_019)
             for number, cells in enumerate(planned):
                 for group in self.optimizer.param_groups:
                     group["lr"] = rate(epoch + number / len(planned))
-                total += self._step(cells, rng, f"epoch {epoch + 1}, step {number + 1}")
-        return total / len(planned)
+                losses.add(self._step(cells, rng))
+            return losses.mean()
 
-    def _step(self, cells: Array, rng: np.random.Generator, where: str) -> float:
-        loss, _ = self._loss_of(cells, rng)
-        value = float(loss.detach())
-        if not np.isfinite(value):
-            raise Refusal(
-                "the training loss must stay finite", f"{value} at {where}", "lower pretrain.lr"
-            )
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
-        self.optimizer.step()
-        return value
+    def _step(self, cells: Array, rng: np.random.Generator) -> Tensor:
+        masked = self.masker(assemble(self.tokens, cells, self.layout, rng), rng)
+        n_hidden = len(masked.truth_M)
+        if self.team.size > 1:
+            masked = masked.take(self.team.mine(len(cells)))
 
-    def _loss_of(self, cells: Array, rng: np.random.Generator) -> tuple[Tensor, int]:
-        """Return the mean cross-entropy of the hidden genes, and how many there were."""
-        hidden = self.masker(assemble(self.tokens, cells, self.layout, rng), rng)
-        minibatch = hidden.minibatch.to(self.device)
+        def gradients(most: int) -> Tensor:
+            total = torch.zeros((), device=self.device)
+            with self.team.as_one():
+                for portion in masked.portions(most):
+                    loss = self._summed(portion) / max(n_hidden, 1)
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    total += loss.detach()
+            return total
+
+        return self.steps.take(len(masked.minibatch.cells_B), gradients)
+
+    def _summed(self, masked: Masked) -> Tensor:
+        """Return the cross-entropy of the hidden genes, summed."""
+        minibatch = masked.minibatch.to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             states_RTD = self.model.bert(
                 input_ids=minibatch.ids_RT,
@@ -264,11 +297,13 @@ class Pretraining:
                 attention_mask=minibatch.mask_RT,
             ).last_hidden_state
             # only the hidden genes are decoded: the decoder is the vocabulary wide
-            logits_MV = self.model.cls(states_RTD[hidden.chosen_RT.to(self.device)])
-        truth_M = hidden.truth_M.to(self.device)
+            logits_MV = self.model.cls(states_RTD[masked.chosen_RT.to(self.device)])
+        truth_M = masked.truth_M.to(self.device)
         if not len(truth_M):  # cells without genes only: nothing to learn, nothing to break
-            return logits_MV.sum() * 0.0, 0
-        return functional.cross_entropy(logits_MV.float(), truth_M), len(truth_M)
+            nothing: Tensor = logits_MV.sum() * 0.0
+            return nothing
+        summed: Tensor = functional.cross_entropy(logits_MV.float(), truth_M, reduction="sum")
+        return summed
 
     # -- measuring ------------------------------------------------------------------------------
     def _plan(self, epoch: int) -> list[Array]:
@@ -276,6 +311,7 @@ class Pretraining:
             self.lengths[self.learned],
             cells=self.config.minibatch_cells,
             tokens=self.config.minibatch_tokens,
+            least=self.team.size,
             rng=np.random.default_rng([self.seed, epoch]),
         )
         return [self.learned[cells] for cells in dealt]
@@ -292,9 +328,13 @@ class Pretraining:
         """Return the loss on the cells held out, always the same genes hidden."""
         self.model.eval()
         rng = np.random.default_rng([self.seed, 2])
+        total, n_hidden = 0.0, 0
         with torch.inference_mode():
-            losses = [self._loss_of(cells, rng) for cells in self._held_out_plan()]
-        return _mean([float(loss) for loss, _ in losses], [n for _, n in losses])
+            for cells in self._held_out_plan():
+                masked = self.masker(assemble(self.tokens, cells, self.layout, rng), rng)
+                total += float(self._summed(masked))
+                n_hidden += len(masked.truth_M)
+        return total / n_hidden if n_hidden else float("nan")
 
     def loss_of_frequencies(self) -> float:
         """Return the loss of guessing every hidden gene by how common it is: the bar to beat."""
@@ -313,7 +353,3 @@ class Pretraining:
         for key, tensor in checkpoint.snapshot(self.model).items():
             digest.update(key.encode() + tensor.numpy().tobytes())
         return digest.hexdigest()
-
-
-def _mean(values: list[float], weights: list[int]) -> float:
-    return float(np.average(values, weights=weights)) if sum(weights) else float("nan")
