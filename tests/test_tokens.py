@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from conftest import planted_cells
-from endoprint import curated, ranks, tokens
+from endoprint import curated, ranks, tokens, transposed
 from endoprint.config import Refusal
 from endoprint.tokens import Vocabulary, of, tokenize_file
 
@@ -309,19 +310,35 @@ def read(path: Path) -> list[list[int]]:
     return found
 
 
-@pytest.mark.parametrize("form", ["csr", "csc", "dense"])
-@pytest.mark.parametrize("minibatch", [1, 7, 4096])
+FORMS = ["csr", "csc", "dense", "zarr csr", "zarr csc", "zarr dense"]
+
+
+def written(cells: AnnData, path: Path, form: str) -> Path:
+    """Write cells in one of FORMS."""
+    counts = sparse.csr_matrix(cells.X)
+    kind = {"csr": counts, "csc": counts.tocsc(), "dense": counts.toarray()}[form.split()[-1]]
+    stored = AnnData(kind, obs=cells.obs, var=cells.var)
+    if form.startswith("zarr"):
+        stored.write_zarr(path.with_suffix(".zarr"))
+        return path.with_suffix(".zarr")
+    stored.write_h5ad(path, compression="lzf")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("form", "minibatch"),
+    [(form, 7) for form in FORMS] + [("csr", 1), ("csr", 4096), ("csc", 4096), ("dense", 4096)],
+)
 def test_a_file_gives_the_same_tokens_in_input_order_at_any_minibatch(
-    tmp_path, planted, form, minibatch
+    tmp_path, planted, form, minibatch, monkeypatch
 ):
+    monkeypatch.setattr(transposed, "BUCKET_ENTRIES", 2000)  # else these cells fill no second one
     known = Vocabulary.fit(planted)
-    cells = planted.copy()
-    cells.X = {"csr": cells.X, "csc": cells.X.tocsc(), "dense": cells.X.toarray()}[form]
-    cells.write_h5ad(tmp_path / "cells.h5ad", compression="lzf")
+    path = written(planted, tmp_path / "cells.h5ad", form)
     steps: list[tuple[int, int]] = []
 
     made = tokenize_file(
-        tmp_path / "cells.h5ad",
+        path,
         tmp_path / "deep/out.parquet",
         known,
         minibatch=minibatch,
@@ -335,6 +352,40 @@ def test_a_file_gives_the_same_tokens_in_input_order_at_any_minibatch(
     assert made.n_cells == planted.n_obs
     assert made.share == 1.0
     assert made.n_summed == made.n_empty == made.n_cut == 0
+    assert os.listdir(tmp_path / "deep") == ["out.parquet"]  # nothing laid out beside it stays
+
+
+@pytest.mark.parametrize("first", [0, 2**31 + 5])
+def test_pointers_of_64_bits_are_read_as_what_they_are(tmp_path, planted, first):
+    # `first` entries that no cell owns, never written, come before: a file beyond 2^31 entries
+    known = Vocabulary.fit(planted)
+    planted.write_h5ad(tmp_path / "cells.h5ad")
+    counts = sparse.csr_matrix(planted.X)
+    with h5py.File(tmp_path / "cells.h5ad", "r+") as file:
+        for name in ("data", "indices", "indptr"):
+            del file["X"][name]
+        for name, values in (("data", counts.data), ("indices", counts.indices.astype("<i8"))):
+            made = file["X"].create_dataset(
+                name, (first + counts.nnz,), values.dtype, chunks=(1 << 12,)
+            )
+            made[first:] = values
+        file["X"]["indptr"] = counts.indptr.astype("<i8") + first
+    assert (tmp_path / "cells.h5ad").stat().st_size < 1 << 23
+
+    tokenize_file(tmp_path / "cells.h5ad", tmp_path / "out", known, minibatch=64)
+
+    assert read(tmp_path / "out") == lists(of(planted, known))
+
+
+def test_a_sparse_matrix_that_points_at_no_gene_is_refused(tmp_path, planted):
+    known = Vocabulary.fit(planted)
+    planted.write_h5ad(tmp_path / "cells.h5ad")
+    with h5py.File(tmp_path / "cells.h5ad", "r+") as file:
+        file["X/indices"][-1] = planted.n_vars
+
+    with pytest.raises(Refusal, match="genes that are there"):
+        tokenize_file(tmp_path / "cells.h5ad", tmp_path / "out", known)
+    assert os.listdir(tmp_path) == ["cells.h5ad"]
 
 
 def test_the_same_file_gives_the_same_bytes(tmp_path, planted):
@@ -580,7 +631,8 @@ def test_the_share_in_the_vocabulary_is_the_one_measured(shared, tmp_path):
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_with_the_number_of_cells(tmp_path):
+@pytest.mark.parametrize("form", ["csr", "csc", "dense", "zarr csr", "zarr csc"])
+def test_memory_does_not_grow_with_the_number_of_cells(tmp_path, form):
     import subprocess
     import sys
 
@@ -595,21 +647,22 @@ def test_memory_does_not_grow_with_the_number_of_cells(tmp_path):
     genes = tuple(f"ENSG{i:011d}" for i in range(1, n_genes + 1))
     block = sparse.csr_matrix(rng.poisson(0.5, (4000, n_genes)).astype(np.float32))
     Vocabulary.fit(counted(block.toarray(), genes)).write(tmp_path / "vocabulary.json")
-    for n_blocks in (2, 10):
+    for n_blocks in (2, 6):
         cells = AnnData(
             sparse.csr_matrix(sparse.vstack([block] * n_blocks)),
             obs=pd.DataFrame(index=[f"c{i}" for i in range(4000 * n_blocks)]),
             var=pd.DataFrame(index=list(genes)),
         )
-        cells.write_h5ad(tmp_path / "cells.h5ad")
-        files = ["cells.h5ad", "out.parquet", "vocabulary.json"]
+        path = written(cells, tmp_path / f"cells{n_blocks}.h5ad", form)
+        files = [path, tmp_path / "out.parquet", tmp_path / "vocabulary.json"]
         done = subprocess.run(
-            [sys.executable, "-c", script, *(str(tmp_path / name) for name in files)],
+            [sys.executable, "-c", script, *map(str, files)],
             check=True,
             capture_output=True,
             text=True,
         )
         peaks.append(int(done.stdout) / 1024)
 
-    # 32,000 more cells are 400 MB of counts and 200 MB of tokens
+    # 16,000 more cells are 200 MB of counts (256 with their zeros) and 100 MB of tokens
     assert peaks[1] - peaks[0] < 60
+    assert peaks[1] < 1024

@@ -18,9 +18,10 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import h5py
@@ -31,7 +32,7 @@ import pyarrow.parquet as pq
 from anndata import AnnData
 from scipy import sparse
 
-from endoprint import sources
+from endoprint import stored
 from endoprint.config import Config, Refusal
 from endoprint.curated import refuse_double_cells
 from endoprint.ranks import Columns, Ranked, as_csr
@@ -45,6 +46,7 @@ Progress = Callable[[int, int], None]  # (cells done, cells in all)
 log = logging.getLogger(__name__)
 
 MINIBATCH = 1024  # cells read, ranked and written at a time: some 20 MB at 2,800 genes a cell
+DENSE_BYTES = 1 << 26  # of a matrix with its zeros, at a time
 COVERAGE = ["share", "n_genes", "n_tiny_medians", "is_empty"]
 SCHEMA = pa.schema(
     [("cell_id", pa.string()), ("tokens", pa.list_(pa.int32())), ("n_tokens", pa.int32())]
@@ -146,39 +148,61 @@ def tokenize_file(
     """Tokenise a file of cells into parquet, in input order, whole or not at all.
 
     Columns `cell_id` string, `tokens` list<int32>, `n_tokens` int32 (specials included). The
-    schema's metadata names what they were made from, so that `of` can tell. CSR and dense h5ad
-    are streamed: memory does not grow with the number of cells. `layer`: where raw counts are
-    (null for X, "raw", or a layer).
+    schema's metadata names what they were made from, so that `of` can tell. Any file that
+    `stored` reads; memory does not grow with the number of cells. What is stored gene by gene is
+    laid out cell by cell beside `out` first, which takes up to 28 bytes per count on disk while it
+    lasts. `layer`: where raw counts are (null for X, "raw", or a layer).
     """
     path, out = Path(path), Path(out)
-    ids = pd.Index(sources.read_obs(path).index.astype(str))
-    refuse_double_cells(ids)
-    blocks = sources.blocks(path, layer=layer, n_cells=minibatch, obs_table="")
-    # Reading, hashing and writing leave Python's lock, so they go on beside the ranking.
-    with ThreadPoolExecutor(1) as hasher, _read_ahead(blocks) as following:
-        origin = hasher.submit(_origin, path)
-        block = following()
-        if block is None:
+    with ExitStack() as stack:
+        try:
+            scratch = Path(stack.enter_context(_scratch(out)))
+        except OSError as error:
+            raise _unwritten(error) from None
+        found = stack.enter_context(stored.opened(path, layer=layer, scratch=scratch))
+        if not found.n_cells:
             raise Refusal("there are cells to tokenise", f"none in {path.name}", "check the file")
-        columns = Columns.of(block.var, vocabulary)
+        _refuse_double_cells(found)
+        columns = Columns.of(found.var, vocabulary)
         tally = _Tally(columns)
-        with _parquet(out) as (parquet, later):
+        # Reading, hashing and writing leave Python's lock, so they go on beside the ranking.
+        hasher = stack.enter_context(ThreadPoolExecutor(1))
+        origin = hasher.submit(_origin, path)
+        following = stack.enter_context(_read_ahead(_parts(found, minibatch)))
+        parquet, later = stack.enter_context(_parquet(out))
 
-            def keep(cell_ids: pd.Index, counts: sparse.csr_matrix, ranked: Ranked) -> None:
-                parquet.write_table(_table(cell_ids, ranked))
-                tally.add(columns.coverage(counts, ranked), ranked.lengths)
+        def keep(cell_ids: pd.Index, counts: sparse.csr_matrix, ranked: Ranked) -> None:
+            parquet.write_table(_table(cell_ids, ranked))
+            tally.add(columns.coverage(counts, ranked), ranked.lengths)
 
-            n_done = 0
-            while block is not None:
-                counts = as_csr(block.X)
-                later(keep, block.obs_names, counts, columns.rank(counts))
-                n_done += block.n_obs
-                if watch is not None:
-                    watch(n_done, len(ids))
-                block = following()
-            later()
-            parquet.add_key_value_metadata({**columns.about, **origin.result()})
+        n_done = 0
+        while (block := following()) is not None:
+            counts = as_csr(block.X)
+            later(keep, block.obs_names, counts, columns.rank(counts))
+            n_done += block.n_obs
+            if watch is not None:
+                watch(n_done, found.n_cells)
+        later()
+        parquet.add_key_value_metadata({**columns.about, **origin.result()})
     return tally.report(out)
+
+
+def _parts(found: stored.Stored, minibatch: int) -> Iterator[AnnData]:
+    """Give the cells of a file, so many at a time; fewer where zeros are stored too."""
+    if isinstance(found.part(0, 1).X, np.ndarray):
+        minibatch = min(minibatch, max(DENSE_BYTES // (8 * max(len(found.var), 1)), 1))
+    for start in range(0, found.n_cells, minibatch):
+        yield found.part(start, min(start + minibatch, found.n_cells))
+
+
+def _refuse_double_cells(found: stored.Stored) -> None:
+    """Refuse a cell id that stands twice, at eight bytes per cell."""
+    hashes = [pd.util.hash_array(ids, categorize=False) for ids in found.all_ids()]
+    in_order = np.sort(np.concatenate(hashes))
+    double = in_order[1:][in_order[1:] == in_order[:-1]]
+    if len(double):  # equal ids, or two that happen to share a hash
+        alike = [ids[np.isin(hashed, double)] for ids, hashed in zip(found.all_ids(), hashes)]
+        refuse_double_cells(pd.Index(np.concatenate(alike)))
 
 
 def _blocks(counts: sparse.csr_matrix) -> Iterator[sparse.csr_matrix]:
@@ -202,6 +226,14 @@ def _read_ahead(blocks: Iterator[AnnData]) -> Iterator[Callable[[], AnnData | No
 
 
 @contextmanager
+def _scratch(out: Path) -> Iterator[str]:
+    """Give a folder beside a file, for as long as it is needed."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{out.name}.", suffix=".rows", dir=out.parent) as folder:
+        yield folder
+
+
+@contextmanager
 def _parquet(out: Path) -> Iterator[tuple[pq.ParquetWriter, Callable[..., None]]]:
     """Give a writer of a file that appears whole or not at all, and a hand to work it.
 
@@ -210,7 +242,6 @@ def _parquet(out: Path) -> Iterator[tuple[pq.ParquetWriter, Callable[..., None]]
     beside = out.with_name(f".{out.name}.{os.getpid()}.part")
     waiting: list[Future[None]] = []
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
         with (
             pq.ParquetWriter(
                 beside,
@@ -236,11 +267,15 @@ def _parquet(out: Path) -> Iterator[tuple[pq.ParquetWriter, Callable[..., None]]
             yield parquet, later
         os.replace(beside, out)
     except OSError as error:
-        raise Refusal(
-            "tokens are written whole or not at all", str(error), "make room, or name another file"
-        ) from None
+        raise _unwritten(error) from None
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _unwritten(error: OSError) -> Refusal:
+    return Refusal(
+        "tokens are written whole or not at all", str(error), "make room, or name another file"
+    )
 
 
 def _table(cell_ids: pd.Index, ranked: Ranked) -> pa.Table:
