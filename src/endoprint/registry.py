@@ -305,12 +305,21 @@ def flip(workspace: Workspace, to: Version, *, expected: Version | None, why: st
             f"{now.label if now else 'no champion'} by now",
             "promote again",
         )
+    if now is not None and now.version == to.version:
+        raise Refusal("a decision changes who is live", f"{to.label}, which is", "nothing is due")
     told = {"from": now.version if now else None, "to": to.version, "why": why}
     tell(workspace, "intent", told)
     if now is not None:
         store.set_registered_model_alias(to.name, PREVIOUS, now.version)
     store.set_registered_model_alias(to.name, CHAMPION, to.version)
     tell(workspace, "done", told)
+
+
+def go_live(workspace: Workspace, to: Version, *, against: Version | None, why: str) -> None:
+    """Carry out a decision that stands: of several against one champion, the first alone does."""
+    with lock(workspace):
+        recover(workspace)
+        flip(workspace, to, expected=against, why=why)
 
 
 def settle(workspace: Workspace) -> str | None:
