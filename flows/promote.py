@@ -39,10 +39,9 @@ def promote(workspace: str = ".", version: str = "", wait: bool = False) -> str:
         get_run_logger().warning("held: Prefect's server asks nobody who they are; %s", remedy)
         return verdict
     word = pause_flow_run(wait_for_input=Word, timeout=WAIT_SECONDS, key="approval")
-    verdict = task(jobs.approve, name="approve")(
+    return task(jobs.approve, name="approve")(
         workspace, version=chosen, why=word.why, declined=not word.approve, vouched=approver
     )
-    return verdict
 
 
 def whom_the_server_knows() -> str | None:
