@@ -21,7 +21,7 @@ from transformers import BertForMaskedLM
 from typer.testing import CliRunner
 
 from conftest import planted_cells
-from endoprint import curated, jobs, tokens
+from endoprint import backbones, curated, jobs, tokens
 from endoprint.cli import app
 from endoprint.cli import fitting as _fitting  # noqa: F401 -- adds `pretrain`
 from endoprint.config import Refusal
@@ -415,7 +415,7 @@ def test_the_command_goes_on_from_a_published_name_and_a_fit_may_start_there(
     done = CliRunner().invoke(app, ["pretrain", "--start", NAME, "--json"])
     assert done.exit_code == 0, done.output
     said = json.loads(done.stdout)
-    made = pooled.root / said["checkpoint"]
+    made = backbones.folder(pooled, said["checkpoint"])
     label = json.loads((made / "backbone.json").read_text())
     assert f"continued from Geneformer {NAME}, published weights" in label["label"]
     assert label["units"] == ["pooled"]
@@ -424,19 +424,24 @@ def test_the_command_goes_on_from_a_published_name_and_a_fit_may_start_there(
     shutil.rmtree(made)
     again = jobs.pretrain(".", start=NAME)
     assert (again, len(hub.asked)) == (said["run_id"], 1)
-    assert made.is_dir()
-    assert jobs.pretrain(".") != again != jobs.pretrain(".", start=str(made))
+    assert backbones.folder(pooled, said["checkpoint"]) == made  # brought again
+    assert jobs.pretrain(".") != again != jobs.pretrain(".", start=said["checkpoint"])
     with (pooled.root / "params.yaml").open("a") as params:
         params.write(f"checkpoint: {said['checkpoint']}\n")
     assert resources(Workspace.at(pooled.root), Geneformer).backbone == made
     assert resources(Workspace.at(pooled.root), Logistic).backbone is None
+    # what frozen layers say is kept in the workspace, for all its fits
+    assert resources(Workspace.at(pooled.root), Geneformer).activations == (
+        pooled.local / "activations"
+    )
 
 
 def test_going_on_keeps_a_learning_rate_that_was_chosen(pooled):
     params = pooled.root / "params.yaml"
     params.write_text(params.read_text().replace("epochs: 1", "epochs: 1, lr: 0.001"))
     run = jobs.pretrain(str(pooled.root), start=NAME)
-    label = json.loads((pooled.local / "backbones" / run / "backbone.json").read_text())
+    made = backbones.folder(pooled, jobs.backbone_of(str(pooled.root), run)["address"])
+    label = json.loads((made / "backbone.json").read_text())
     assert label["config"]["lr"] == pytest.approx(1e-3)
 
 
@@ -450,7 +455,7 @@ def test_going_on_in_another_vocabulary_is_refused_and_tracks_nothing(pooled):
 
 def test_a_backbone_that_has_seen_a_judged_unit_is_refused(pooled):
     run = jobs.pretrain(str(pooled.root), start=NAME)
-    made = pooled.local / "backbones" / run
+    made = jobs.backbone_of(str(pooled.root), run)["address"]
     cells = planted_cells(n_units=2, n_cells=4, n_genes=30)
     cells.obs["unit"] = cells.obs["unit"].replace("u1", "pooled")
     curated.write(cells, pooled.cells)
@@ -459,4 +464,53 @@ def test_a_backbone_that_has_seen_a_judged_unit_is_refused(pooled):
     with pytest.raises(Refusal, match="'pooled' among those"):
         resources(Workspace.at(pooled.root), Geneformer)
     with pytest.raises(Refusal, match="'pooled' among those"):
-        jobs.pretrain(str(pooled.root), start=str(made))
+        jobs.pretrain(str(pooled.root), start=made)
+
+
+# -- one's own, registered ------------------------------------------------------------------------
+def test_a_backbone_is_registered_with_its_vocabulary_and_units_and_listed(pooled, monkeypatch):
+    assert jobs.backbones(str(pooled.root)) == []
+    monkeypatch.chdir(pooled.root)
+    first = jobs.pretrain(".")
+    assert jobs.pretrain(".") == first, "once is enough"
+    jobs.pretrain(".", start=NAME)
+    newest, oldest = jobs.backbones(".")
+    assert oldest["address"] == "models:/endoprint-toy-backbone/1"
+    assert newest["address"] == "models:/endoprint-toy-backbone/2"
+    assert oldest["run_id"] == first
+    assert oldest["units"] == ["pooled"]
+    assert oldest["vocabulary_sha256"] == Vocabulary.read(pooled.vocabulary).sha256
+    folder = backbones.folder(pooled, oldest["address"])
+    assert oldest["weights_sha256"] == backbone.digest(folder / backbone.WEIGHTS)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "backbone.json", "config.json", "model.safetensors", "vocabulary.json"
+    ]  # fmt: skip
+    shown = CliRunner().invoke(app, ["backbones"])
+    assert shown.exit_code == 0
+    assert "units seen: pooled" in shown.stdout
+    assert "not the published Geneformer" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("address", "rule"),
+    [
+        ("models:/endoprint-toy-backbone/7", "leads to one that was registered"),
+        ("models:/endoprint-toy/1", "leads to one that was registered"),
+        ("models:/endoprint-toy-backbone@newest", "means the same for ever"),
+        ("models:/endoprint-toy-backbone", "means the same for ever"),
+    ],
+)
+def test_an_address_of_no_backbone_is_refused(pooled, address, rule):
+    jobs.pretrain(str(pooled.root))
+    with pytest.raises(Refusal, match=rule):
+        backbones.folder(pooled, address)
+
+
+def test_a_registered_backbone_whose_bytes_were_changed_is_refused(pooled):
+    run = jobs.pretrain(str(pooled.root))
+    address = jobs.backbone_of(str(pooled.root), run)["address"]
+    (stored,) = (pooled.local / "artifacts").rglob("model.safetensors")
+    stored.write_bytes(stored.read_bytes()[:-1] + b"x")
+    shutil.rmtree(pooled.local / "models", ignore_errors=True)
+    with pytest.raises(Refusal, match="bytes are those that were registered"):
+        backbones.folder(pooled, address)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,10 +16,6 @@ from filelock import FileLock, Timeout
 from endoprint import tracking
 from endoprint.config import Refusal
 from endoprint.workspace import Workspace
-
-UNFINISHED_SECONDS = (
-    3600  # a copy that has not grown for so long has nobody who makes it (a guess)
-)
 
 
 def finished(workspace: Workspace, kind: tracking.Kind, tags: Mapping[str, str]) -> list[str]:
@@ -59,16 +53,6 @@ def read_table(workspace: Workspace, run_id: str, name: str) -> pd.DataFrame:
     with tempfile.TemporaryDirectory() as scratch:
         path = _download(workspace, run_id, f"tables/{name}.csv", scratch)
         return pd.read_csv(path, index_col=0, dtype={"unit": str, "truth": str, "sample": str})
-
-
-def fetch(workspace: Workspace, run_id: str, folder: str, into: Path) -> Path:
-    """Return a local copy of a folder that a run logged, made once: `into/<run_id>`."""
-    place = into / run_id
-    if not place.is_dir():
-        into.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=into) as scratch:
-            os.replace(_download(workspace, run_id, folder, scratch), place)
-    return place
 
 
 def unneeded(workspace: Workspace) -> dict[str, str]:
@@ -110,23 +94,15 @@ def _is_held(folder: Path) -> bool:
 
 
 def torn(workspace: Workspace) -> list[Path]:
-    """Return what writers that died left half-written: `.NAME.PID.part` and unfinished copies.
+    """Return what writers that died left half-written, `.NAME.PID.part`.
 
     Under `data` and `.endoprint`; a writer that still lives keeps its own.
     """
-    found = [
+    return [
         path
         for top in (workspace.root / "data", workspace.local / "models")
         for path in sorted(top.rglob(".*.part"))
         if not _is_being_written(path)
-    ]
-    backbones = workspace.local / "backbones"
-    known = {run.info.run_id for run in _search(workspace, "tags.kind = 'pretrain'")}
-    long_ago = time.time() - UNFINISHED_SECONDS
-    return found + [
-        path
-        for path in sorted(backbones.glob("tmp*"))
-        if path.name not in known and path.stat().st_mtime < long_ago
     ]
 
 

@@ -214,8 +214,17 @@ class Run:
         self.record("lineage", lineage.model_dump(mode="json"))
         self.tags(lineage.tags())
 
-    def model(self, folder: Path, *, sha256: str, tags: Mapping[str, str] | None = None) -> str:
+    def model(
+        self,
+        folder: Path,
+        *,
+        sha256: str,
+        kind: str = "exposure",
+        tags: Mapping[str, str] | None = None,
+    ) -> str:
         """Log a folder written by `ExposureModel.save`; return the logged model's id.
+
+        `kind` backbone: a folder written by `encoder.backbone.write`, which answers nothing.
 
         The artefact holds data only: `mlflow.pyfunc` loads it with this package's own code.
         `sha256` is the folder's digest (`endoprint.artefact.digest`).
@@ -225,7 +234,7 @@ class Run:
             name=MODEL_FOLDER,
             source_run_id=self.run_id,
             tags={"model_sha256": sha256, **(tags or {})},
-            model_type="exposure",
+            model_type=kind,
         )
         described = mlflow.models.Model(
             artifact_path=logged.artifact_location,

@@ -14,21 +14,36 @@ from endoprint.cli import Folder, Json, app, say, show
 @app.command()
 def pretrain(
     start: Annotated[
-        str, typer.Option(help="go on from a folder, or a published name such as V2-104M")
+        str,
+        typer.Option(help="go on from a folder, a registered backbone, or a name such as V2-104M"),
     ] = "",
     workspace: Folder = Path(),
     as_json: Json = False,
 ) -> None:
     """Pre-train a small Geneformer by masked learning on the pool of unlabelled cells."""
-    if not start:
-        run = jobs.pretrain(str(workspace))
-        say({"run_id": run}, f"backbone pre-trained; run {run}", as_json)
-        return
     here = str(Path(start).resolve()) if Path(start).is_dir() else start
     run = jobs.pretrain(str(workspace), start=here)
-    made = f".endoprint/backbones/{run}"
-    text = f"backbone pre-trained on from {start}; run {run}\nto fit on it, in params.yaml:"
-    say({"run_id": run, "checkpoint": made}, f"{text}\ncheckpoint: {made}", as_json)
+    if not run:  # one of a team's processes, whose lead says what there is to say
+        return
+    made = jobs.backbone_of(str(workspace), run)
+    text = f"{made['label']}\nregistered; run {run}"
+    if start:  # without, a fit finds the backbone of today's pool and values by itself
+        text += f"\nto fit on it, in params.yaml:\ncheckpoint: {made['address']}"
+    say({"run_id": run, "checkpoint": made["address"]}, text, as_json)
+
+
+@app.command()
+def backbones(workspace: Folder = Path(), as_json: Json = False) -> None:
+    """List the backbones pre-trained here: address, what it is, vocabulary, units it has seen."""
+    found = jobs.backbones(str(workspace))
+    lines = [
+        f"{each['address']}  {each['label']}\n  made {each['made']}, run {each['run_id']}"
+        f"\n  weights {each['weights_sha256'][:12]}, vocabulary {each['vocabulary_sha256'][:12]}"
+        f"\n  units seen: {', '.join(each['units']) or 'none told'}"
+        for each in found
+    ]
+    text = "\n".join(lines) or "no backbone registered yet: run `endoprint pretrain`"
+    say({"backbones": found}, text, as_json)
 
 
 @app.command()

@@ -34,7 +34,7 @@ from endoprint.jobs.fitting import figures_of, leaderboard, train
 from endoprint.jobs.inbox import score_inbox
 from endoprint.jobs.live import gc
 from endoprint.jobs.nights import end_night, night, wants_pretraining
-from endoprint.jobs.pretraining import pretrain
+from endoprint.jobs.pretraining import backbone_of, backbones, pretrain
 from endoprint.jobs.records import history, lineage, plan, seen, verify, who
 from endoprint.jobs.reproducing import reproduce
 from endoprint.jobs.running import has_files, recover, status
@@ -56,6 +56,8 @@ __all__ = [
     "attach",
     "audit",
     "audit_file",
+    "backbone_of",
+    "backbones",
     "card",
     "check",
     "curate",

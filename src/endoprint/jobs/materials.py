@@ -42,7 +42,7 @@ def resources(space: Workspace, kind: type[ExposureModel]) -> Resources:
 
     A backbone is one of today's pool, vocabulary and values: another would be another's.
     """
-    from endoprint import runs
+    from endoprint import backbones, runs
     from endoprint.model import Resources
 
     sha256 = vocabulary_sha256(space)
@@ -59,7 +59,7 @@ def resources(space: Workspace, kind: type[ExposureModel]) -> Resources:
                 "none of today's pool, vocabulary and values",
                 "run `endoprint pretrain` first, or empty `pretrain`",
             )
-        backbone = runs.fetch(space, found[0], "backbone", space.local / "backbones")
+        backbone = backbones.folder(space, backbones.of_run(space, found[0]).address)
     return Resources(
         vocabulary=space.vocabulary if has_tokens else None,
         tokens=space.tokens if has_tokens else None,
@@ -88,6 +88,7 @@ def pretrain_key(space: Workspace) -> str:
             "vocabulary": vocabulary_sha256(space),
             "config": space.params.section("pretrain", PretrainConfig).model_dump(mode="json"),
             "seed": space.params.seed,
+            "kept": "registered",  # earlier runs kept a plain folder
         }
     )
 
@@ -146,16 +147,20 @@ def named_backbone(space: Workspace, named: str) -> Path:
 
 
 def backbone_folder(space: Workspace, named: str, *, dictionaries: str = "") -> Path:
-    """Return the folder of a backbone: a path seen from the workspace, or a published name.
+    """Return the folder of a backbone: a path seen from the workspace, an address, or a name.
 
-    A published one is fetched once, with its vocabulary, into `.endoprint/checkpoints/NAME`.
+    An address is one of `endoprint backbones`: registered here, fetched and checked. A published
+    one is fetched once, with its vocabulary, into `.endoprint/checkpoints/NAME`.
     `dictionaries`: folder of the official ones; none: the environment's, else fetched.
     """
     folder = space.root / Path(named).expanduser()
     if (folder / "config.json").is_file():
         return folder
+    from endoprint import backbones
     from endoprint.encoder import checkpoints
 
+    if named.startswith(backbones.PREFIX):
+        return backbones.folder(space, named)
     row = checkpoints.published(named)  # refuses, before anything is fetched, what is none
     vocabulary = load_vocabulary(row.series, dictionaries, space)
     with progress.task(f"fetch {named}") as step:

@@ -1,6 +1,9 @@
-"""The job that makes a backbone by masked learning."""
+"""Jobs on backbones: make one by masked learning, list those that were registered."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
 
 from endoprint import progress
 from endoprint.config import Refusal
@@ -12,18 +15,30 @@ from endoprint.jobs.materials import (
     vocabulary_sha256,
     work_folder,
 )
+from endoprint.jobs.together import Member, Plan, team
 from endoprint.workspace import Workspace
 
 
 def pretrain(workspace: str, *, start: str = "") -> str:
-    """Pre-train a small backbone on the pool; return its run id.
+    """Pre-train a small backbone on the pool and register it; return its run id.
 
     The same pool, vocabulary and values give the run that stands already. `start`: a backbone to
-    go on from, a folder or a published name, at a tenth of the learning rate unless params.yaml
-    says one; what comes of it lies in `.endoprint/backbones/RUN`, for `checkpoint` to name.
+    go on from, a folder, a published name or an address of `endoprint backbones`, at a tenth of
+    the learning rate unless params.yaml says one. Under `torchrun` the processes learn together
+    (docs/many-devices.md); all but the lead return nothing.
     """
+    with team() as member:
+        if member.is_lead:
+            return _pretrain(workspace, start=start, member=member)
+        plan = member.told({})
+        if plan:
+            _learn_along(workspace, plan)
+        return ""
+
+
+def _pretrain(workspace: str, *, start: str, member: Member) -> str:
     space = Workspace.open(workspace)
-    from endoprint import cells, runs, tokens, tracking
+    from endoprint import artefact, backbones, cells, runs, tokens, tracking
     from endoprint.encoder import backbone
     from endoprint.encoder.pretrain import PretrainConfig
     from endoprint.encoder.pretrain import pretrain as learn
@@ -57,8 +72,7 @@ def pretrain(workspace: str, *, start: str = "") -> str:
             config = config.model_copy(update={"lr": config.lr / 10})
     done = runs.finished(space, "pretrain", {"pretrain_key": key})
     if done:
-        if begun is not None:
-            runs.fetch(space, done[0], "backbone", space.local / "backbones")
+        member.told({})
         return done[0]
     with (
         progress.task("pretrain", config.epochs) as step,
@@ -66,6 +80,8 @@ def pretrain(workspace: str, *, start: str = "") -> str:
         work_folder(space, {"pretrain": key}, run.run_id) as work,
     ):
         folder = work / "backbone"
+        said = config.model_dump(mode="json")
+        member.told({"config": said, "start": begun and str(begun), "work": str(work)})
         run.params(config)
         told = learn(
             tokens.of(pool, vocabulary),
@@ -80,9 +96,43 @@ def pretrain(workspace: str, *, start: str = "") -> str:
         )
         figures = ("n_cells", "epochs", "loss_before", "loss_after", "loss_of_frequencies")
         run.metrics({name: told[name] for name in figures})
-        for file in sorted(folder.iterdir()):
-            run.file(file, "backbone")
+        run.model(folder, sha256=artefact.digest(folder), kind=backbones.KIND)
         run.tags({"pretrain_key": key, "vocabulary_sha256": vocabulary.sha256})
-    if begun is not None:
-        runs.fetch(space, run.run_id, "backbone", space.local / "backbones")
+        backbones.register(space, run.run_id, told)
     return run.run_id
+
+
+def _learn_along(workspace: str, plan: Plan) -> None:
+    """Learn what the lead learns, and keep nothing: gradients are what it is for."""
+    space = Workspace.open(workspace)
+    from endoprint import cells, tokens
+    from endoprint.encoder.pretrain import PretrainConfig
+    from endoprint.encoder.pretrain import pretrain as learn
+    from endoprint.vocabulary import Vocabulary
+
+    vocabulary = Vocabulary.read(space.vocabulary)
+    work = Path(plan["work"])
+    learn(
+        tokens.of(cells.load(space.pool), vocabulary),
+        vocabulary,
+        PretrainConfig.of(plan["config"], where="pretrain"),
+        work / "backbone",
+        units=[],
+        start=plan["start"] and Path(plan["start"]),
+        seed=space.params.seed,
+        work=work,
+    )
+
+
+def backbones(workspace: str) -> list[dict[str, Any]]:
+    """Return the registered backbones, newest first: address, label, vocabulary, units."""
+    from endoprint import backbones as registered
+
+    return [each.to_json() for each in registered.versions(Workspace.open(workspace))]
+
+
+def backbone_of(workspace: str, run_id: str) -> dict[str, Any]:
+    """Return the backbone that a pre-training run has made."""
+    from endoprint import backbones as registered
+
+    return registered.of_run(Workspace.open(workspace), run_id).to_json()

@@ -39,7 +39,7 @@ def reproduce(workspace: str, *, version: str, tolerance: float = 1e-4) -> dict[
     config = runs.read_record(space, found.run_id, "config")
     with progress.task(f"reproduce {found.label}"), _checked_out(space, told) as again:
         _bring_sources(space, again, told)
-        _write_values(again, told.model, config)
+        _write_values(space, again, told.model, config)
         _run(again, sys.executable, "-m", "dvc", "repro", "--quiet")
         if told.units.get("pretraining") and again.params.pretrain:
             _run(again, sys.executable, "-c", COMMAND, "pretrain", "--json")
@@ -101,16 +101,23 @@ def _bring_sources(space: Workspace, again: Workspace, told: Any) -> None:
             )
         place.parent.mkdir(parents=True, exist_ok=True)
         place.symlink_to(source.resolve())
-    for name in ("checkpoints", "backbones"):  # fetched or made once; their digests are checked
-        if (space.local / name).is_dir() and again.params.checkpoint:
-            again.local.mkdir(exist_ok=True)
-            (again.local / name).symlink_to((space.local / name).resolve())
+    fetched = space.local / "checkpoints"  # once; their digests are checked
+    if fetched.is_dir() and again.params.checkpoint:
+        again.local.mkdir(exist_ok=True)
+        (again.local / fetched.name).symlink_to(fetched.resolve())
 
 
-def _write_values(again: Workspace, model: str, config: Mapping[str, Any]) -> None:
+def _write_values(
+    space: Workspace, again: Workspace, model: str, config: Mapping[str, Any]
+) -> None:
     """Let the model have the values its run had: a search's winner stands in no commit."""
+    from endoprint import backbones
+
     path = again.root / "params.yaml"
     values = yaml.safe_load(path.read_text())
+    if str(values.get("checkpoint") or "").startswith(backbones.PREFIX):
+        # registered in the store of now, which the worktree does not see
+        values["checkpoint"] = str(backbones.folder(space, values["checkpoint"]))
     values["models"] = {model: dict(config)}
     path.write_text(yaml.safe_dump(values, sort_keys=False))
 
@@ -139,7 +146,9 @@ def _compared(saved: Path, again: Workspace, tolerance: float) -> dict[str, Any]
     from endoprint.design import Split
     from endoprint.model import load as load_model
 
-    (made,) = again.local.glob(f"artifacts/models/*/artifacts/{artefact.MODEL}")
+    # a backbone that was pre-trained on the way is an artefact as well
+    (head,) = again.local.glob(f"artifacts/models/*/artifacts/{artefact.MODEL}/model.json")
+    made = head.parent
     if artefact.digest(made) == artefact.digest(saved):
         same = {"is_byte_equal": True, "largest_difference": 0.0, "agreement": 1.0}
         return {**same, "is_reproduced": True}
