@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import anndata
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 from anndata import AnnData
 from scipy import sparse
@@ -22,6 +24,7 @@ from endoprint.model import ExposureModel
 from endoprint.models.logistic import Logistic, LogisticConfig
 from endoprint.registry import Version
 from endoprint.scoring import Layout, ScoreSummary, score
+from files import write_10x, write_mtx
 
 KEYS = CellsConfig(sample_key="sample", unit_keys=["unit"])
 
@@ -383,3 +386,116 @@ def test_a_file_is_no_folder_to_score_into(tmp_path: Path) -> None:
     (tmp_path / "out").touch()
     with pytest.raises(Refusal, match="go into a folder; got a file"):
         score(None, None, tmp_path, tmp_path / "out", cells=None)
+
+
+# -- what is published --------------------------------------------------------------------------
+def test_every_column_has_one_meaning_in_the_table_the_file_and_the_page(
+    run: Callable[..., ScoreSummary], tmp_path: Path
+) -> None:
+    run(written(raw_cells(), tmp_path / "new.h5ad"), tmp_path / "out")
+    schema = pq.read_schema(tmp_path / "out" / scoring.SCORES)
+    page = (Path(__file__).parents[1] / "docs/scoring.md").read_text()
+    meanings = {column.name: column.meaning for column in scoring.COLUMNS}
+    for name, meaning in meanings.items():
+        assert f"| `{name}` | {meaning} |" in page
+    for field in schema:
+        spelled = "p_<exposure>" if field.name.startswith("p_") else field.name
+        assert field.metadata[b"meaning"].decode() == meanings[spelled]
+
+
+def test_calls_too_unsure_are_withheld(
+    run: Callable[..., ScoreSummary], model: Logistic, tmp_path: Path
+) -> None:
+    shy = Logistic()
+    shy.__dict__.update(model.__dict__)
+    shy.abstention_threshold = 0.9
+    summary = run(written(raw_cells(), tmp_path / "new.h5ad"), tmp_path / "out", model=shy)
+    rows = rows_of(tmp_path / "out")
+    assert (rows["is_unsure"] == (rows["confidence"] < 0.9)).all()
+    assert 0 < summary.n_unsure == rows["is_unsure"].sum() < len(rows)
+    assert rows["abstain"][rows["is_unsure"]].all()
+
+
+# -- several workers, and files damaged between -------------------------------------------------
+def test_two_workers_at_once_make_each_part_once_and_the_same_bytes(
+    run: Callable[..., ScoreSummary], model: Logistic, version: Version, tmp_path: Path
+) -> None:
+    path = written(raw_cells(n_cells=30), tmp_path / "new.h5ad")
+    alone = run(path, tmp_path / "alone", shard_cells=10)
+    out, layout = tmp_path / "out", Layout(shard_cells=10)
+    job = scoring.plan(model, version, path, out, cells=KEYS, layout=layout)
+
+    def work(begin: int) -> int:
+        with scoring.desk(out, job) as own:
+            own.work(model, watch=lambda done, total: None, begin=begin)
+            return own.n_computed
+
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(work, (0, 5, 9, 14)))
+    assert sum(made) == len(job.shards) == 18
+    together = scoring.score_job(model, job, out)
+    assert together.scores_sha256 == alone.scores_sha256
+    assert sorted(each.name for each in out.iterdir()) == [scoring.SCORES, scoring.SUMMARY]
+
+
+def test_only_missing_parts_are_made_again_and_a_damaged_one_is(
+    run: Callable[..., ScoreSummary], model: Logistic, version: Version, tmp_path: Path
+) -> None:
+    path = written(raw_cells(n_cells=30), tmp_path / "new.h5ad")
+    alone = run(path, tmp_path / "alone", shard_cells=10)
+    out, layout = tmp_path / "out", Layout(shard_cells=10)
+    job = scoring.plan(model, version, path, out, cells=KEYS, layout=layout)
+    with scoring.desk(out, job) as own:
+        own.work(model, watch=lambda done, total: None)
+        assert own.n_computed == 18
+    parts = sorted(own.folder.glob("*.parquet"))
+    parts[3].unlink()
+    content = bytearray(parts[7].read_bytes())
+    content[len(content) // 3] ^= 255
+    parts[7].write_bytes(content)
+    parts[9].write_bytes(parts[9].read_bytes()[:500])
+    counted: list[int] = []
+
+    class Counts(Logistic):
+        def evidence(self, cells: AnnData) -> np.ndarray:
+            counted.append(cells.n_obs)
+            return super().evidence(cells)
+
+    counts = Counts()
+    counts.__dict__.update(model.__dict__)
+    again = scoring.score_job(counts, job, out)
+    assert again.scores_sha256 == alone.scores_sha256
+    assert counted == [10, 10, 10]
+
+
+def test_a_pattern_names_files_of_several_folders(
+    run: Callable[..., ScoreSummary], tmp_path: Path
+) -> None:
+    written(raw_cells(), tmp_path / "x/one.h5ad")
+    written(raw_cells(n_cells=3, seed=6), tmp_path / "y/two.h5ad")
+    summary = run(f"{tmp_path}/*/*.h5ad", tmp_path / "out")
+    assert [each.file for each in summary.inputs] == ["one.h5ad", "two.h5ad"]
+    assert len(rows_of(tmp_path / "out")) == summary.n_cells == 54
+
+
+def test_every_kind_of_file_gives_the_same_rows(
+    run: Callable[..., ScoreSummary], tmp_path: Path
+) -> None:
+    cells = raw_cells()
+    run(written(cells, tmp_path / "a/cells.h5ad"), tmp_path / "out0")
+    by_gene = cells.copy()
+    by_gene.X = sparse.csc_matrix(cells.X)
+    written(by_gene, tmp_path / "b/cells.h5ad")
+    (tmp_path / "c").mkdir()
+    cells.write_zarr(tmp_path / "c/cells.zarr")
+    write_10x(cells, tmp_path / "cells.h5")
+    write_mtx(cells, tmp_path / "mtx")
+    wanted = rows_of(tmp_path / "out0")
+    kinds = ("b/cells.h5ad", "c/cells.zarr", "cells.h5", "mtx")
+    for number, name in enumerate(kinds, start=1):
+        run(tmp_path / name, tmp_path / f"out{number}")
+        rows = rows_of(tmp_path / f"out{number}")
+        same = [x for x in rows if x not in ("file", "input_md5", "job_key", "unit", "sample")]
+        pd.testing.assert_frame_equal(rows[same], wanted[same])
+        left = sorted(each.name for each in (tmp_path / f"out{number}").iterdir())
+        assert left == [scoring.SCORES, scoring.SUMMARY]
