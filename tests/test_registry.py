@@ -31,6 +31,8 @@ from endoprint.registry import (
 from endoprint.workspace import Workspace
 from lab import POLICY, bare_workspace, fit_and_track, furnish, misled, moved_copy
 
+NEVER = "at_most: {peak_memory_gib: 0.001}\n"  # a rule that no model keeps
+
 
 @pytest.fixture(scope="session")
 def fitted(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
@@ -223,7 +225,7 @@ def test_figures_are_those_of_the_test_units_scored_anew(lab: Workspace) -> None
 
 def test_each_opening_is_counted_and_a_decision_is_not_made_twice(lab: Workspace) -> None:
     register(lab, good_run(lab))
-    lab.policy.write_text(POLICY + "at_least: {macro_f1: 1.0, worst_unit_macro_f1: 1.0}\n")
+    lab.policy.write_text(POLICY + NEVER)
     split_hash = Split.read(lab.split).hash
     first = promote(lab)
     assert first.was_opened
@@ -505,7 +507,7 @@ def test_other_folds_over_the_same_test_units_are_no_new_budget(lab: Workspace) 
     from endoprint.design import DesignConfig, make_split
 
     register(lab, good_run(lab))
-    lab.policy.write_text(POLICY + "budget: 1\nat_least: {macro_f1: 1.0}\n")
+    lab.policy.write_text(POLICY + NEVER + "budget: 1\n")
     assert promote(lab).was_opened
     old, cells = Split.read(lab.split), curated.load(lab.cells)
     new = make_split(cells.obs, DesignConfig(test_units=old.test, n_folds=2), seed=0)
@@ -519,7 +521,7 @@ def test_other_folds_over_the_same_test_units_are_no_new_budget(lab: Workspace) 
 
 def test_a_decision_is_made_anew_for_other_counts_of_the_same_units(lab: Workspace) -> None:
     register(lab, good_run(lab))
-    lab.policy.write_text(POLICY + "at_least: {macro_f1: 1.0, worst_unit_macro_f1: 1.0}\n")
+    lab.policy.write_text(POLICY + NEVER)
     assert promote(lab).was_opened
     assert not promote(lab).was_opened
     curated.write(planted_cells(n_units=6, n_cells=8, seed=1), lab.cells)
