@@ -13,7 +13,7 @@ import mlflow
 import pandas as pd
 import pytest
 
-from endoprint import runs, tracking
+from endoprint import alive, runs, tracking
 from endoprint.config import Config
 from endoprint.curated import md5
 from endoprint.lineage import Lineage, metered
@@ -162,7 +162,7 @@ def test_a_run_whose_process_died_is_marked_killed_by_the_next(space: Workspace)
 
 def test_a_reused_process_number_is_not_taken_for_the_dead_process(space: Workspace) -> None:
     store = tracking.client(space)
-    tags = {**tracking._process_tags(), "process_started": "1.0"}
+    tags = {**alive.named(), "process_started": "1.0"}
     stale = store.create_run(tracking.experiment(space, store), tags=tags)
     other = store.create_run(
         tracking.experiment(space, store), tags={**tags, "host": "another machine"}

@@ -10,8 +10,26 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from endoprint.config import Refusal
+
 ROLES = ("reader", "trainer", "promoter")
 NAME, PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"  # read at every request
+
+
+class NotAllowed(Refusal):
+    """MLflow's server knows who asks, or nobody, and does not let them do this."""
+
+
+def turned_away(error: Exception) -> NotAllowed | None:
+    """Return the refusal that an error of MLflow's stands for, if a role was turned away."""
+    status = getattr(error, "get_http_status_code", lambda: None)()
+    if status not in (401, 403):
+        return None
+    return NotAllowed(
+        "MLflow's server lets in whom it knows, as far as their role goes",
+        f"HTTP {status} for {os.environ.get(NAME, 'nobody')}",
+        f"set {NAME} and {PASSWORD}, or the password of a role that may",
+    )
 
 
 def password_of(role: str) -> str:

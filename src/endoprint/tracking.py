@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import mlflow
 import mlflow.pyfunc
 import pandas as pd
-import psutil
 from filelock import FileLock
 from mlflow.entities import (
     Dataset,
@@ -37,10 +36,11 @@ from mlflow.entities import (
     ViewType,
 )
 
+from endoprint import alive
 from endoprint.config import Config, Refusal
 from endoprint.lineage import Lineage
 from endoprint.model import Pruned
-from endoprint.roles import acting, assume_reader
+from endoprint.roles import acting, assume_reader, turned_away
 from endoprint.spelled import flattened, safe, text_of, without_secrets
 from endoprint.workspace import QUIET, Workspace
 
@@ -64,7 +64,6 @@ SEARCHED_TAGS = (
     "seed", "split_hash", "exposures", "git_sha", "is_dirty", "base_model", "model_id",
     "model_sha256", "cells_md5", "tuned_trials",
 )  # fmt: skip
-STARTED_TOLERANCE_SECONDS = 2.0  # process start times are kept to clock ticks
 
 _ambient_lock = threading.RLock()
 
@@ -108,12 +107,8 @@ def experiment(workspace: Workspace, store: mlflow.MlflowClient) -> str:
     try:
         found = store.get_experiment_by_name(workspace.experiment)
     except mlflow.MlflowException as error:
-        if error.get_http_status_code() in (401, 403):
-            raise Refusal(
-                "MLflow's server lets in whom it knows",
-                f"{os.environ.get('MLFLOW_TRACKING_USERNAME', 'nobody')}, with a wrong password",
-                "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or a role's",
-            ) from None
+        if refused := turned_away(error):
+            raise refused from None
         # its message may spell the address out, password included
         raise Refusal(
             "MLflow's store answers",
@@ -293,12 +288,15 @@ def run(
             "model": model,
             "task": workspace.params.task,
             "seed": workspace.params.seed,
-            **_process_tags(),
+            **alive.named(),
             **(tags or {}),
             "mlflow.parentRunId": parent,
         }
         known = {key: text_of(value) for key, value in said.items() if value is not None}
-        opened = store.create_run(experiment_id, run_name=name, tags=known)
+        try:
+            opened = store.create_run(experiment_id, run_name=name, tags=known)
+        except mlflow.MlflowException as error:
+            raise turned_away(error) or error from None
         run_id = opened.info.run_id
         try:
             yield Run(store, run_id, experiment_id)
@@ -321,33 +319,18 @@ def sweep(workspace: Workspace) -> list[str]:
     store = client(workspace)
     mine = f"tags.host = '{platform.node()}' and attributes.status = 'RUNNING'"
     found = store.search_runs([experiment(workspace, store)], filter_string=mine)
-    swept = []
+    swept: list[str] = []
     for stale in found:
-        if not _is_alive(stale.data.tags):
-            store.set_tag(stale.info.run_id, "error", "its process died")
+        if not alive.is_named(stale.data.tags):
+            try:
+                store.set_tag(stale.info.run_id, "error", "its process died")
+            except mlflow.MlflowException as error:
+                if turned_away(error):
+                    return swept  # left to the next who may
+                raise
             store.set_terminated(stale.info.run_id, "KILLED")
             swept.append(stale.info.run_id)
     return swept
-
-
-def _process_tags() -> dict[str, str]:
-    return {
-        "host": platform.node(),
-        "pid": str(os.getpid()),
-        "process_started": f"{psutil.Process().create_time():.2f}",
-    }
-
-
-def _is_alive(tags: Mapping[str, str]) -> bool:
-    try:
-        process = psutil.Process(int(tags["pid"]))
-        # a number is used again; the same number with another start is another process
-        apart = abs(process.create_time() - float(tags["process_started"]))
-        return bool(process.status() != psutil.STATUS_ZOMBIE) and apart < STARTED_TOLERANCE_SECONDS
-    except psutil.NoSuchProcess:
-        return False
-    except (KeyError, ValueError, psutil.AccessDenied):
-        return True  # not known to be dead
 
 
 # -- reading back -------------------------------------------------------------------------------

@@ -251,7 +251,7 @@ def leaderboard(workspace: str) -> str:
         run.file(Path(path))
         run.file(page)
         run.tags({"split_hash": split.hash, "leader": leader, DESCRIPTION: described(board)})
-        run.metrics({"macro_f1": float(latest.loc[leader, "macro_f1"])})
+        run.metrics({"macro_f1": float(board.ranked["macro_f1"].iloc[0])})
     return path
 
 

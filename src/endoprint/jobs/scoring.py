@@ -6,12 +6,14 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from endoprint import progress
 from endoprint.jobs.data import write_json
+from endoprint.roles import NotAllowed
 from endoprint.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -71,7 +73,8 @@ def score(
             )
         if annotate:
             annotated.annotate(summary, place / scoring.SCORES, space.root / annotate)
-        _log_once(space, summary, place)
+        with suppress(NotAllowed):  # a reader's scores are described by their summary alone
+            _log_once(space, summary, place)
     return str(place / scoring.SUMMARY)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from endoprint.services.processes import is_alive
+from endoprint.alive import is_alive
 
 POOL = "endoprint"
 OPEN_STATES = ("RUNNING", "PENDING", "CANCELLING", "PAUSED")
@@ -93,8 +93,9 @@ class Prefect:
         return any(at >= since for at in heard)
 
     def runs(self, states: tuple[str, ...], *, sort: str, limit: int) -> list[dict[str, Any]]:
-        """Return flow runs in any of these states."""
-        asked = {"flow_runs": {"state": {"type": {"any_": list(states)}}}}
+        """Return flow runs in any of these states; not those that other flows called."""
+        called = {"parent_task_run_id": {"is_null_": True}}
+        asked = {"flow_runs": {"state": {"type": {"any_": list(states)}}, **called}}
         found = self.ask("flow_runs/filter", {**asked, "sort": sort, "limit": limit})
         return list(found)
 

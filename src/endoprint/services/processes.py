@@ -75,17 +75,6 @@ def stop_marked(mark: str, *, patience: float = PATIENCE_SECONDS) -> int:
     return len(everything) + len(late)
 
 
-def is_alive(pid: int, *, born: float | None = None) -> bool:
-    """Whether a process lives; `born` (seconds since the epoch) tells it from a later one."""
-    try:
-        process = psutil.Process(pid)
-        if process.status() == psutil.STATUS_ZOMBIE:
-            return False
-        return born is None or abs(process.create_time() - born) < 2.0
-    except psutil.Error:
-        return False
-
-
 def free_port(preferred: int, *, host: str = "127.0.0.1", taken: Sequence[int] = ()) -> int:
     """Return the preferred port, or the next one above it that nobody listens on."""
     for port in range(preferred, min(preferred + 200, 65536)):

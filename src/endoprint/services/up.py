@@ -20,6 +20,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from endoprint import progress
+from endoprint.alive import is_alive
 from endoprint.config import Refusal
 from endoprint.services import grants, processes
 from endoprint.services.plan import Plan, Service
@@ -247,9 +248,9 @@ def state_of(space: Workspace) -> dict[str, Any]:
         told: dict[str, Any] = json.loads((space.local / "up.json").read_text())
     except (OSError, ValueError):
         return {"is_running": False, "services": []}
-    told["is_running"] = processes.is_alive(told["pid"], born=told["born"])
+    told["is_running"] = is_alive(told["pid"], born=told["born"])
     for service in told["services"]:
-        service["is_alive"] = processes.is_alive(service["pid"], born=service["started"])
+        service["is_alive"] = is_alive(service["pid"], born=service["started"])
     return told
 
 
