@@ -133,7 +133,7 @@ def test_what_is_refused_is_not_tried_again_and_leaves_a_note_with_the_remedy(
     finally:
         params.write_text(before)
     assert ended["state_type"] == "FAILED"
-    asked = {"artifacts": {"flow_run_id": {"any_": [run_id]}}}
+    asked = {"artifacts": {"flow_run_id": {"any_": [run_id]}, "key": {"any_": ["failure"]}}}
     (note,) = up.ask("artifacts/filter", asked)
     (row,) = json.loads(note["data"]) if isinstance(note["data"], str) else note["data"]
     assert row["what"] == "nightly"
@@ -146,7 +146,7 @@ def test_what_is_refused_is_not_tried_again_and_leaves_a_note_with_the_remedy(
 def test_a_file_that_comes_into_the_inbox_is_scored(up: Standing) -> None:
     inbox = up.space / "inbox"
     inbox.mkdir()
-    shutil.copy(up.space / "data/cells/cells.h5ad", inbox / "new.h5ad")
+    shutil.copy(up.space / "data/raw/new.h5ad", inbox / "new.h5ad")
     scored = up.space / "scores/inbox/new.h5ad/scores.parquet"
     until(scored.is_file, "its scores", up.log)
 
