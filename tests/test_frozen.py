@@ -22,9 +22,11 @@ from endoprint.encoder.frozen import states_of
 from endoprint.encoder.minibatches import Layout, assemble
 from endoprint.encoder.network import as_it_is
 from endoprint.encoder.recipe import Recipe
+from endoprint.jobs.materials import resources
 from endoprint.model import Resources
 from endoprint.models.geneformer import Geneformer, GeneformerConfig
 from endoprint.tokens import Tokens
+from endoprint.workspace import Workspace
 from readers import LAYOUT, logits, reader, sentences
 
 
@@ -287,3 +289,9 @@ def test_nothing_is_kept_where_nothing_is_frozen_or_nothing_may_be(tmp_path):
         Geneformer(config, resources=Resources(activations=tmp_path)).fit(train, valid)
         assert not list(tmp_path.iterdir())
     assert Recipe().cache_gib > 0
+
+
+def test_a_workspace_keeps_what_frozen_layers_say_for_all_its_fits(tmp_path):
+    (tmp_path / "params.yaml").write_text("task: tiny\n")
+    space = Workspace.at(tmp_path)
+    assert resources(space, Geneformer).activations == space.local / "activations"

@@ -135,3 +135,15 @@ def test_a_saved_probe_is_loaded_as_a_probe(parts, tmp_path):
     again = contract.load(tmp_path / "probe")
     assert type(again) is cls
     assert np.array_equal(again.evidence(parts[2]), model.evidence(parts[2]))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"frozen_layers": -1}, {"lora_rank": -2}, {"lora_alpha": 0}, {"grow_after": -1},
+        {"cache_gib": -1}, {"head_penalty": 0},
+    ],
+)  # fmt: skip
+def test_a_lever_below_nothing_is_refused(change):
+    with pytest.raises(Refusal, match=rf"models\.geneformer\.{next(iter(change))}.*greater"):
+        GeneformerConfig.of(change, where="models.geneformer")

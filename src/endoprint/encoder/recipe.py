@@ -8,13 +8,16 @@ from typing import Annotated, Literal, Self
 
 import torch
 from optuna.distributions import FloatDistribution
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from endoprint.config import Config, Refusal
 from endoprint.encoder.activations import Precision as CachePrecision
 from endoprint.encoder.lora import Matrices
 from endoprint.encoder.minibatches import Layout
 from endoprint.encoder.pooling import Pooling
+
+NotNegative = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
 
 
 class Recipe(Config):
@@ -34,7 +37,7 @@ class Recipe(Config):
     warmup_share: float = 0.1  # of all steps; never a fixed number, which small sets do not reach
     schedule: Literal["linear", "cosine", "constant"] = "linear"  # after the warm-up
     clip: float = 1.0  # largest norm of the gradient
-    grow_after: int = 0  # epochs without layers, which then begin as the identity; 0: none
+    grow_after: NotNegative = 0  # epochs without layers, which then begin as the identity; 0: none
     # -- what keeps it from learning by heart -----------------------------------------------------
     dropout: float = 0.0  # inside the backbone; published: .02 (V1), .1 (V2); costs a sixth
     attention_dropout: float = 0.0  # published: the same; costs 2.3 times the time on a CPU
@@ -54,17 +57,23 @@ class Recipe(Config):
     # exposure so rare that most minibatches lack it: its weight would make single steps jump
     sampling: Literal["each", "balanced"] = "each"
     minibatch_tokens: int = 65_536  # most tokens per minibatch: bounds memory
-    gradient_checkpointing: bool = False  # a layer's inside is computed again: memory for a third
-    frozen_layers: int = 0  # counted from the input, embeddings included
+    gradient_checkpointing: bool = False  # a layer's inside is computed twice: memory for time
+    frozen_layers: NotNegative = 0  # counted from the input, embeddings included
     head_only: bool = False  # the encoder at rest, logistic regression on its vectors; no votes
-    head_penalty: float | None = None  # of that regression, per cell; none: by validation cells
-    lora_rank: int = 0  # learn low-rank corrections to the layers' matrices; 0: the matrices
-    lora_alpha: float = 16.0  # over the rank: how much a correction counts
+    head_penalty: Positive | None = None  # of that regression, per cell; none: by validation
+    lora_rank: NotNegative = (
+        0  # learn low-rank corrections to the layers' matrices; 0: the matrices
+    )
+    lora_alpha: Positive = 16.0  # over the rank: how much a correction counts
     lora_matrices: Matrices = "attention"  # all: the feed-forward parts' too
     # what frozen layers say of a cell is kept on disk, where the workspace has a place for it:
-    cache_gib: float = 4.0  # of all fits together, least recently used first to go; 0: not kept
+    cache_gib: Annotated[float, Field(ge=0)] = (
+        4.0  # of all fits together, least recently used first to go; 0: not kept
+    )
     cache_precision: CachePrecision = "fp32"  # fp16: half the room, answers differ by some 1e-3
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 elsewhere
+    # of training steps; auto: what a few timed steps say pays on this machine (encoder/machine.py)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # answers: bf16 on a GPU, fp32 elsewhere
+    compile: Literal["auto", "off", "on"] = "auto"  # auto: timed on a GPU, off on a processor
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
