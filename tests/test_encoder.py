@@ -341,13 +341,17 @@ def lesson(seed: int, n_cells: int = 48) -> Lesson:
     return Lesson(tokens_of(*cells), truth)
 
 
-RECIPE = Recipe(epochs=3, min_steps=0, block=8, minibatch_cells=12, lr=1e-2, votes_lr=3e-2)
+RECIPE = Recipe(
+    epochs=3, min_steps=0, block=8, minibatch_cells=12, lr=1e-2, votes_lr=3e-2, precision="fp32"
+)
 
 
-def loop(recipe: Recipe = RECIPE, work=None, seed: int = 0, **over) -> Loop:
+def loop(recipe: Recipe = RECIPE, work=None, seed: int = 0, machine=None, **over) -> Loop:
     net = Network(small(seed).bert, 3, **{"has_votes": True, "genes_per_cell": 25} | over)
     layout = recipe.layout(has_specials=False)
-    return Loop(net, lesson(1), lesson(2, 24), recipe, layout, seed=seed, work=work)
+    return Loop(
+        net, lesson(1), lesson(2, 24), recipe, layout, seed=seed, work=work, machine=machine
+    )
 
 
 def weights(made: Loop) -> dict[str, torch.Tensor]:

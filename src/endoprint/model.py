@@ -56,12 +56,14 @@ class Resources:
     `tokens`: parquet of precomputed tokens, joined by cell id.
     `backbone`: folder of a pre-trained encoder; absent: trained from scratch.
     `activations`: folder where what frozen layers say of a cell is kept; absent: computed anew.
+    `machine`: JSON of what was found to pay on this machine; absent: found out by each process.
     """
 
     vocabulary: Path | None = None
     tokens: Path | None = None
     backbone: Path | None = None
     activations: Path | None = None
+    machine: Path | None = None
 
 
 @dataclass

@@ -6,7 +6,10 @@ Shapes: B cells, E exposures.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 
 from endoprint.bins import Binned
 from endoprint.encoder import checkpoint
+from endoprint.encoder.machine import Way, candidates, choose, clock_of, key_of, named, remembered
 from endoprint.encoder.minibatches import Layout, Minibatch, Sentences, assemble, balanced, plan
 from endoprint.encoder.network import Put, Reader, answer, as_it_is
 from endoprint.encoder.recipe import Recipe, schedule_of
@@ -73,6 +77,7 @@ class Loop:
         seed: int,
         work: Path | None = None,
         team: Team | None = None,
+        machine: Path | None = None,
     ) -> None:
         self.network, self.train, self.valid = network, train, valid
         self.recipe, self.layout, self.seed = recipe, layout, seed
@@ -96,6 +101,8 @@ class Loop:
         self._run = self._fingerprint() if self.path else ""
         self.progress = Progress()
         self.best: dict[str, Tensor] = {}
+        self._machine, self._way = machine, Way()
+        self._pool: Callable[[Minibatch], Tensor] = network.pool
 
     def run(self, watch: Watch) -> Progress:
         """Train, validate, stop early, restore the best epoch; go on from `work` if it can.
@@ -108,6 +115,7 @@ class Loop:
         alone = self.network.standardise
         if self.team.size > 1:
             self.network.standardise = TeamNorm.over(alone)
+        self._choose_way()
         while self.progress.epoch < self.epochs and not self.progress.has_stopped:
             metrics = self.team.told({"train_loss": self._one_epoch(), **self._validate()})
             self._judge(metrics)
@@ -140,7 +148,7 @@ class Loop:
         self.network.is_grown = epoch >= self.recipe.grow_after
         self.network.train()
         on_gpu = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=on_gpu):
+        with torch.random.fork_rng(devices=on_gpu), self._by(self._way):
             # what is dropped differs between the cells of a team's processes
             torch.manual_seed(self.seed * 1_000_003 + epoch + self.team.rank * 10_000_019)
             for number, cells in enumerate(planned):
@@ -170,7 +178,7 @@ class Loop:
         with self.team.as_one():
             if most >= len(truth_B):
                 whole = minibatch.to(self.device)
-                pooled_BD = self.network.pool(whole)
+                pooled_BD = self._pool(whole)
             else:
                 whole = replace(minibatch, states_RTD=None).to(self.device)
                 portions = minibatch.portions(most)
@@ -190,10 +198,68 @@ class Loop:
         """Pool cells, forgetting how: it is done again when gradients are wanted."""
 
         def pool(cells: Minibatch) -> Tensor:
-            return self.network.pool(cells.to(self.device))
+            return self._pool(cells.to(self.device))
 
         pooled_BD: Tensor = checkpointed(pool, portion, use_reentrant=False)
         return pooled_BD
+
+    # -- how steps are computed -----------------------------------------------------------------
+    def _choose_way(self) -> None:
+        """Time a step in the ways this machine has, unless the recipe says which; lead's word."""
+        recipe = self.recipe
+        ways = {
+            named(way): way for way in candidates(recipe.precision, recipe.compile, self.device)
+        }
+        chosen = next(iter(ways))
+        if len(ways) > 1 and self.progress.epoch < self.epochs:
+            n_steps = self._steps * (self.epochs - self.progress.epoch)
+            if self.team.is_lead:
+                steps = {name: partial(self._try, way) for name, way in ways.items()}
+                key = {**key_of(self.device), **self._size(), "ways": sorted(ways)}
+                clock = clock_of(self.device)
+                found = remembered(
+                    self._machine, key, lambda: choose(steps, clock, n_steps=n_steps, start=chosen)
+                )
+                chosen = str(found["way"])
+            chosen = self.team.told(chosen)
+        self._way = ways[chosen]
+        self._pool = self._pool_by(self._way)
+
+    def _size(self) -> dict[str, object]:
+        lengths = np.diff(self.train.tokens.offsets)
+        return {
+            "shape": self.network.shape(),
+            "layout": vars(self.layout),
+            "cells": self.recipe.minibatch_cells,
+            # rounded, so that folds of one task ask once
+            "tokens": int(2 ** np.round(np.log2(max(float(lengths.mean()), 1.0)))),
+        }
+
+    def _pool_by(self, way: Way) -> Callable[[Minibatch], Tensor]:
+        pool = self.network.pool
+        return torch.compile(pool, dynamic=True) if way.is_compiled else pool
+
+    @contextmanager
+    def _by(self, way: Way) -> Iterator[None]:
+        """Compute in bf16 or not while the block runs; answers stay in the network's own way."""
+        before = self.network.uses_bf16
+        self.network.uses_bf16 = way.has_bf16
+        try:
+            yield
+        finally:
+            self.network.uses_bf16 = before
+
+    def _try(self, way: Way) -> None:
+        """Read the first minibatch forth and back, and change nothing."""
+        cells = self._plan(0)[0]
+        rng = np.random.default_rng(self.seed)
+        minibatch = self.train.put(assemble(self.train.tokens, cells, self.layout, rng))
+        on_gpu = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=on_gpu), self._by(way):
+            pooled_BD = self._pool_by(way)(minibatch.to(self.device))
+            if pooled_BD.requires_grad:
+                pooled_BD.sum().backward()  # type: ignore[no-untyped-call]
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _set_rate(self, epochs_done: float) -> None:
         factor = self._factor(int(epochs_done * self._steps))

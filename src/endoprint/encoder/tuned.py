@@ -122,6 +122,7 @@ class EncoderModel(ExposureModel):
             self._layout,
             seed=self.seed,
             work=work,
+            machine=self.resources.machine,
         )
         progress = loop.run(watch)
         merge(self._network)

@@ -65,6 +65,7 @@ def resources(space: Workspace, kind: type[ExposureModel]) -> Resources:
         tokens=space.tokens if has_tokens else None,
         backbone=backbone,
         activations=space.local / "activations",
+        machine=space.local / "machine.json",
     )
 
 
