@@ -187,7 +187,7 @@ def as_cells(given: pd.DataFrame | AnnData, genes: Sequence[str]) -> AnnData:
             type(given).__name__,
             "give a DataFrame: index cell ids, columns Ensembl ids",
         )
-    known = float(np.isin(list(genes), cells.var_names).mean())
+    known = float((cells.var_names.get_indexer(list(genes)) >= 0).mean())
     if known < LEAST_GENE_SHARE:
         raise Refusal(
             f"cells have at least {LEAST_GENE_SHARE:.0%} of the model's genes",

@@ -137,7 +137,7 @@ class Logistic(ExposureModel):
         values = self._expression.of(cells).astype(np.float64)
         wide = self._coefficients.astype(np.float64)
         # A gene the file lacks was not measured: it counts as average, not as silent.
-        is_here = np.isin(self._expression.genes, cells.var_names)
+        is_here = cells.var_names.get_indexer(self._expression.genes) >= 0
         offset = self._intercept - wide[:, is_here] @ self._expression.mean[is_here]
         weighed: Array = np.asarray(values @ wide.T) + offset
         return weighed

@@ -92,7 +92,7 @@ class Signature(ExposureModel):
         values = log_normalised(cells, self._genes).toarray().astype(np.float64)
         standard: Array = (values - self._mean) / self._spread
         # A gene the file lacks was not measured: it counts as average, not as silent.
-        standard[:, ~np.isin(self._genes, cells.var_names)] = 0.0
+        standard[:, cells.var_names.get_indexer(self._genes) < 0] = 0.0
         return standard
 
     def _scores(self, cells: AnnData) -> Array:

@@ -113,7 +113,7 @@ def look_at(path: Path, model: ExposureModel, config: CellsConfig, scratch: Path
         if np.isin(flags, door.IMPOSSIBLE).mean() > MOSTLY:
             raw_counts(first.X, where="X", remedy="set layer to where raw counts are")
         genes = told.var_names
-    known = float(np.isin(model.genes, genes).mean()) if model.genes else 0.0
+    known = float((genes.get_indexer(model.genes) >= 0).mean()) if model.genes else 0.0
     if known < LEAST_GENE_SHARE:
         raise Refusal(
             f"{path.name}: a file has at least {LEAST_GENE_SHARE:.0%} of the model's genes",

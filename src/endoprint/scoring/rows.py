@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 from anndata import AnnData
 
@@ -60,7 +61,8 @@ def rows(model: ExposureModel, cells: AnnData, same: Mapping[str, str]) -> pa.Ta
 
 def _known(model: ExposureModel, cells: AnnData) -> tuple[Array, Array, Array]:
     """Return counts in the model's genes and in all, (n,), and why a cell is quarantined."""
-    is_known = np.isin(cells.var_names.to_numpy(dtype=object), model.genes)
+    # an index, not numpy.isin, which sorts the names: nine tenths of scoring's time were that
+    is_known = pd.Index(model.genes).get_indexer(cells.var_names) >= 0
     in_model: Array = cells.X @ is_known.astype(np.float64)
     total = cells.obs["n_counts"].to_numpy(dtype=np.float64)
     reason = cells.obs["flag"].to_numpy(dtype=object).copy()
