@@ -26,7 +26,7 @@ def is_passing(error: object) -> bool:
     return isinstance(error, OSError) or type(error).__module__.split(".")[0] in REMOTE
 
 
-def worth_trying_again(task: Task[Any, Any], run: TaskRun, state: State[Any]) -> bool:
+def worth_trying_again(task: Task[Any, Any], task_run: TaskRun, state: State[Any]) -> bool:
     """Decide for Prefect whether a failed task is run again."""
     return is_passing(state.result(raise_on_failure=False))
 
@@ -40,9 +40,12 @@ TRIED_AGAIN: dict[str, Any] = {
 }
 
 
-def leave_a_note(flow: Flow[Any, Any], run: FlowRun, state: State[Any]) -> None:
-    """Leave a table for a person: what failed, the reason, the next step."""
-    if run.parent_task_run_id is not None:
+def leave_a_note(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) -> None:
+    """Leave a table for a person: what failed, the reason, the next step.
+
+    Prefect names the arguments: a worker tells so of a run whose process died.
+    """
+    if flow_run.parent_task_run_id is not None:
         return  # the flow that called this one says it
     error = state.result(raise_on_failure=False)
     if isinstance(error, Refusal):
@@ -57,7 +60,7 @@ def leave_a_note(flow: Flow[Any, Any], run: FlowRun, state: State[Any]) -> None:
         key="failure",
         description=f"**{flow.name} did not finish**: {reason}",
         table=[{"what": flow.name, "reason": reason, "next step": step}],
-        flow_run_id=run.id,
+        flow_run_id=flow_run.id,
     ).create()
 
 

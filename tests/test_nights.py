@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import os
 from pathlib import Path
@@ -151,3 +152,19 @@ def test_only_what_may_pass_by_itself_is_tried_again(
     ]  # fmt: skip
     assert [is_passing(error) for error in passing] == [True] * 3
     assert [is_passing(error) for error in lasting] == [False] * 6
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("prefect") is None, reason="the flows extra is not installed"
+)
+def test_hooks_name_their_arguments_as_prefects_worker_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # a worker tells a flow's hooks by keyword that its process died
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    from flows import care
+
+    told = list(inspect.signature(care.leave_a_note).parameters)
+    assert told == ["flow", "flow_run", "state"]
+    asked = list(inspect.signature(care.worth_trying_again).parameters)
+    assert asked == ["task", "task_run", "state"]

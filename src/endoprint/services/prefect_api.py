@@ -21,7 +21,9 @@ PATIENCE_SECONDS = 10.0  # for one answer
 RECENT_SECONDS = 24 * 3600.0  # a crash of the day before yesterday has a night after it
 CONFLICT = 409  # it exists already
 NOTE = "failure"  # the artifact's key
-SETTLING_SECONDS = 20.0  # from a state's change until its process must be known (a guess)
+# from a state's change until its process must be known, and until a worker has let go of a run
+# that crashed: one that is scheduled again before then stops Prefect 3.8's worker (seen)
+SETTLING_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,7 @@ def _why_dead(run: dict[str, Any], worker_started: float) -> str:
     state = run["state"] or {}
     changed = _seconds(state.get("timestamp"))
     if run["state_type"] == "CRASHED":
-        recent = time.time() - changed < RECENT_SECONDS
+        recent = SETTLING_SECONDS < time.time() - changed < RECENT_SECONDS
         return " ".join(str(state.get("message") or "it crashed").split())[:300] if recent else ""
     if state.get("name") == "Suspended" or time.time() - changed < SETTLING_SECONDS:
         return ""  # a suspended run has no process, by design
