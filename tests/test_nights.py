@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from children import endoprint
 from endoprint import jobs
 from endoprint.config import Refusal
 from endoprint.jobs import nights
@@ -102,6 +103,20 @@ def test_where_no_up_runs_status_says_so_and_asks_nobody(space: Path) -> None:
     stale = {"pid": 2**22 - 1, "born": 1.0, "services": [], "prefect_api": "http://127.0.0.1:1"}
     (space / ".endoprint/up.json").write_text(json.dumps(stale))
     assert jobs.status(str(space))["is_running"] is False
+
+
+def test_without_prefect_up_is_refused_in_a_line_and_the_other_commands_work(space: Path) -> None:
+    done = endoprint("up", cwd=space, block="prefect")
+    assert done.returncode == 2
+    assert done.stderr.startswith("endoprint: schedules are Prefect's")
+    assert "nothing is running" in endoprint("status", cwd=space, block="prefect").stdout
+    assert endoprint("pull", cwd=space, block="prefect").returncode == 2  # no remote is named
+
+
+def test_servers_that_others_can_reach_are_refused_without_passwords(space: Path) -> None:
+    done = endoprint("up", "--host", "0.0.0.0", cwd=space)
+    assert done.returncode == 2
+    assert "ask for a password" in done.stderr
 
 
 # -- who asks -----------------------------------------------------------------------------------

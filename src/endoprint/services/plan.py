@@ -6,6 +6,7 @@ can be read by everybody on a machine.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import sys
@@ -69,6 +70,12 @@ class Plan:
                 "services that other machines can reach ask for a password",
                 f"--host {host} without one",
                 "set what docs/operations.md names, or leave --host out",
+            )
+        if not _has_prefect():
+            raise Refusal(
+                "schedules are Prefect's; every other command works without it",
+                "none installed",
+                "pip install -c constraints.txt -e '.[flows]'",
             )
         names = tuple(name.strip() for name in allowed.split(",") if name.strip())
         return cls(space, checkout(), host, ports[0], ports[1], names)
@@ -211,6 +218,13 @@ def answers(url: str) -> bool:
         with urllib.request.urlopen(url, timeout=5):
             return True
     except OSError:
+        return False
+
+
+def _has_prefect() -> bool:
+    try:
+        return importlib.util.find_spec("prefect") is not None
+    except ValueError:  # made unimportable
         return False
 
 
