@@ -23,6 +23,7 @@ from lab import moved_copy
 COMMANDS = [
     "demo", "init", "run", "simulate", "check", "audit", "curate", "split", "tokenize", "embed",
     "pretrain", "search", "train", "models", "leaderboard", "promote", "score", "ui", "gc",
+    "up", "status", "recover", "pull",
 ]  # fmt: skip
 SIMULATED = ("--cells", "200", "--genes", "120", "--seed", "3")
 
