@@ -127,7 +127,7 @@ def test_a_run_waits_in_the_ui_for_a_word_and_only_where_the_server_asks_for_a_n
     with pytest.raises(urllib.error.HTTPError, match="401"):
         urllib.request.urlopen(f"{server.url}/flow_runs/{run_id}")
     # what the UI's form asks for, and what its button sends
-    form = json.loads(server.ask(f"flow_runs/{run_id}/input/paused-approval-schema"))
+    form = server.ask(f"flow_runs/{run_id}/input/paused-approval-schema")
     assert set(form["properties"]) == {"approve", "why"}
     word = {"approve": True, "why": "figures read"}
     server.ask(f"flow_runs/{run_id}/resume", {"run_input": word})

@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 from endoprint.roles import ROLES
 
 ASK = "/api/2.0/mlflow/users/current"  # mlflow 3.17, server/auth/routes.py
-PATIENCE_SECONDS = 10.0
+PATIENCE_SECONDS = 60.0  # a busy server checks a password for ten seconds and more (seen)
 REFUSED = (401, 403)
 
 
