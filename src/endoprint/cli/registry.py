@@ -64,10 +64,17 @@ def ui(
     address = f"http://127.0.0.1:{port}"
     say({"address": address}, f"MLflow on {address}  (Ctrl-C stops it)", as_json)
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--backend-store-uri", space.tracking_uri]
-    command += ["--default-artifact-root", space.artifacts]
+    hosts = ",".join(f"{name}:{port}" for name in ("127.0.0.1", "localhost"))
+    command += ["--port", str(port), "--allowed-hosts", hosts]
+    # by the environment: a database's password on a command line can be read by everybody
+    environment = {
+        **space.environment(),
+        "MLFLOW_BACKEND_STORE_URI": space.tracking_uri,
+        "MLFLOW_DEFAULT_ARTIFACT_ROOT": space.artifacts,
+    }
+    environment.pop("MLFLOW_TRACKING_URI", None)
     # in this process's place: whoever stops the command stops the server, nothing is orphaned
-    os.execve(sys.executable, command, space.environment())
+    os.execve(sys.executable, command, environment)
 
 
 @app.command()
