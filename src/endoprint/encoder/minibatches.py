@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from endoprint.bins import Binned
+from endoprint.encoder.packed import Packing
 from endoprint.encoder.pooling import Pooling, level_weights, token_weights
 from endoprint.tokens import Tokens
 
@@ -58,6 +59,7 @@ class Minibatch:
     starts_B: Tensor  # where each cell starts among them
     levels_RT: Tensor | None = None  # float32, where genes have levels; 0 at padding
     states_RTD: Tensor | None = None  # where learning begins, if they are known already
+    packing: Packing | None = None  # where the tokens are, on a GPU, if some rows are short
 
     def to(self, device: torch.device) -> Minibatch:
         """Return the same minibatch on a device; a GPU fetches it while it computes."""
@@ -79,7 +81,16 @@ class Minibatch:
             starts_B=move(self.starts_B),
             levels_RT=None if self.levels_RT is None else move(self.levels_RT),
             states_RTD=None if self.states_RTD is None else move(self.states_RTD),
+            packing=self._packed(device),
         )
+
+    def _packed(self, device: torch.device) -> Packing | None:
+        if self.packing is not None:
+            return self.packing.to(device)
+        # found here, on the processor: asking a GPU where its tokens are would wait for it
+        if device.type != "cuda" or self.mask_RT is None:
+            return None
+        return Packing.of(self.mask_RT).to(device)
 
     def take(self, chosen: Array) -> Minibatch:
         """Return some of its cells, by their places in it (rising), before it went to a device."""

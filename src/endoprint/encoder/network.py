@@ -18,6 +18,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -28,7 +29,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import BertModel
 
 from endoprint.config import Refusal
+from endoprint.encoder import packed
 from endoprint.encoder.minibatches import Layout, Minibatch, Sentences, assemble, plan
+from endoprint.encoder.packed import Packing
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Put = Callable[[Minibatch], Minibatch]
@@ -110,6 +113,14 @@ class Reader(nn.Module, ABC):
     def gene_table(self) -> Tensor:
         """Return the embeddings of genes, which learn faster than the rest."""
 
+    def packs(self) -> bool:
+        """Say whether layers take tokens without padding now."""
+        return False
+
+    def through_packed(self, layer: nn.Module, x_MD: Tensor, packing: Packing) -> Tensor:
+        """Return the states of tokens, without padding, after one layer, (M, D)."""
+        raise NotImplementedError("of backbones that pack")
+
     def freeze(self, n_layers: int) -> None:
         """Keep the embeddings and the first layers as they are, without dropout; 0: nothing."""
         n = len(self.stages()[1])
@@ -147,14 +158,20 @@ class Reader(nn.Module, ABC):
             # layers that add nothing only normalise, and to normalise twice is to do it once
             return self.ends(layers[-1])[1][-1](x_RTD) if layers else x_RTD
         recomputes = self.recomputes and self.training and torch.is_grad_enabled()
+        packing = minibatch.packing if self.packs() else None
+        x = x_RTD if packing is None else packing.pack(x_RTD)
         for layer in layers:
-            given = (layer, x_RTD, minibatch.mask_RT)
-            x_RTD = (
-                checkpoint(self.through, *given, use_reentrant=False)
-                if recomputes
-                else self.through(*given)
+            through = (
+                partial(self.through, mask_RT=minibatch.mask_RT)
+                if packing is None
+                else partial(self.through_packed, packing=packing)
             )
-        return x_RTD
+            x = (
+                checkpoint(through, layer, x, use_reentrant=False)
+                if recomputes
+                else through(layer, x)
+            )
+        return x if packing is None else packing.unpack(x)
 
     def hidden(self, minibatch: Minibatch) -> Tensor:
         """Return the last hidden state of every token of a minibatch, (R, T, D)."""
@@ -231,6 +248,14 @@ class Network(Reader):
     def through(self, layer: nn.Module, x_RTD: Tensor, mask_RT: Tensor | None) -> Tensor:
         passed: Tensor = layer(x_RTD, None if mask_RT is None else mask_RT[:, None, None, :])
         return passed
+
+    def packs(self) -> bool:
+        # the kernel knows half precision and no dropout
+        drops = self.training and self.bert.config.attention_probs_dropout_prob > 0
+        return self.uses_bf16 and not drops
+
+    def through_packed(self, layer: nn.Module, x_MD: Tensor, packing: Packing) -> Tensor:
+        return packed.through(layer, x_MD, packing)
 
     def ends(self, layer: Any) -> tuple[list[nn.Linear], list[nn.LayerNorm]]:
         parts = (layer.attention.output, layer.output)
