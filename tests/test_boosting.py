@@ -8,7 +8,6 @@ from scipy import sparse
 from scipy.special import log_softmax
 
 from conftest import planted_cells
-from endoprint.curated import log_normalised
 from endoprint.metrics import recall_by_exposure
 from endoprint.model import ExposureModel, Pruned
 from endoprint.models.boosting import TOLD_EVERY, Boosting, BoostingConfig
@@ -44,6 +43,7 @@ def of_opposite_answers(n_cells: int = 800, n_genes: int = 30, seed: int = 0) ->
             "exposure": np.where(is_exposed, "RET_AGONIST", "DMSO"),
             "unit": [f"u{i // 2 % 4}" for i in range(n_cells)],
             "n_counts": np.asarray(counts.sum(axis=1), dtype=float).ravel(),
+            "n_genes": np.asarray((counts > 0).sum(axis=1)).ravel(),
         },
         index=[f"c{i}" for i in range(n_cells)],
     )
@@ -96,7 +96,7 @@ def walked(text: str, values: np.ndarray, n_exposures: int) -> np.ndarray:
 def test_evidence_is_what_a_reader_of_the_text_would_add_up(fitted, parts):
     some = parts[2][:15].copy()
     state = fitted._state()
-    values = log_normalised(some, state.values["latent_genes"]).toarray().astype(float)
+    values = fitted._latent.expression.of(some).toarray().astype(float)
     wanted = walked(state.values["trees"], values, len(fitted.exposures))
     assert fitted.evidence(some) == pytest.approx(wanted, abs=1e-9)
 
@@ -104,7 +104,7 @@ def test_evidence_is_what_a_reader_of_the_text_would_add_up(fitted, parts):
 def test_the_text_says_what_the_booster_said(fitted, parts):
     train, valid, unseen = parts
     booster = fitted._boosted(train, valid, lambda step, figures: None)
-    values = log_normalised(unseen, fitted._latent.genes).toarray()
+    values = fitted._latent.expression.of(unseen).toarray()
     wanted = booster.predict(values, raw_score=True, num_iteration=booster.best_iteration)
     np.testing.assert_array_equal(fitted.evidence(unseen), wanted)
 
@@ -171,7 +171,7 @@ def test_an_unmeasured_gene_counts_as_average_not_as_silent(fitted, parts):
     genes = np.array(fitted._latent.genes)
     gone = np.arange(len(genes)) % 3 == 0
     fewer = unseen[:, ~unseen.var_names.isin(genes[gone])].copy()
-    values = log_normalised(unseen, list(genes)).toarray().astype(float)
+    values = fitted._latent.expression.of(unseen).toarray().astype(float)
     values[:, gone] = fitted._latent.centre[gone]
     wanted = fitted._trees.predict(values, raw_score=True)
     np.testing.assert_array_equal(fitted.evidence(fewer), wanted)

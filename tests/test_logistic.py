@@ -193,12 +193,18 @@ def test_scaled_by_sampling_every_gene_of_like_cells_scatters_alike():
 # -- the latent ---------------------------------------------------------------------------------
 def test_the_latent_is_the_singular_value_decomposition(cells):
     latent = Latent.fit(cells, n_genes=1000, width=5)
-    values = log_normalised(cells, latent.genes).toarray().astype(float)
+    values = latent.expression.of(cells).toarray().astype(float)
     centred = values - values.mean(axis=0)
     _, singular, axes = np.linalg.svd(centred, full_matrices=False)
     found = latent.transform(cells)
     assert np.linalg.norm(found, axis=0) == pytest.approx(singular[:5])
     assert np.abs(np.sum(latent.components * axes[:5], axis=1)) == pytest.approx(1.0)
+
+
+def test_a_place_is_shown_as_the_expression_it_stands_for(cells):
+    latent = Latent.fit(cells, n_genes=1000, width=200)  # as many axes as genes: nothing is lost
+    shown = latent.image(latent.transform(cells))
+    assert shown == pytest.approx(log_normalised(cells, latent.genes).toarray(), abs=1e-3)
 
 
 @pytest.mark.parametrize("n_kept", [40, 300])
@@ -212,7 +218,7 @@ def test_few_cells_and_many_give_the_same_kind_of_axes(cells, n_kept):
 def test_the_distance_from_the_plane_completes_the_distance(cells):
     latent = Latent.fit(cells, n_genes=1000, width=4)
     place = latent.with_residual(cells)
-    values = log_normalised(cells, latent.genes).toarray().astype(float) - latent.centre
+    values = latent.expression.of(cells).toarray().astype(float) - latent.centre
     assert (place**2).sum(axis=1) == pytest.approx((values**2).sum(axis=1))
 
 

@@ -119,8 +119,10 @@ def test_parts_that_differ_by_a_constant_agree_once_aligned():
 
 def test_without_potentials_it_is_a_kernel_density(parts):
     train, valid, unseen = parts
-    model = Transport(TransportConfig(has_potentials=False, epsilon=0.1)).fit(train, valid)
-    latent = Latent.fit(train)
+    model = Transport(TransportConfig(has_potentials=False, epsilon=0.1, is_telling=False)).fit(
+        train, valid
+    )
+    latent = Latent.fit(train, width=model.config.latent_width)
     here, there = latent.transform(unseen), latent.transform(train)
     epsilon = 0.1 * cdist(there, there, "sqeuclidean").mean()
     wanted = np.stack(

@@ -7,6 +7,7 @@ else (judging rule 5). n cells, E exposures.
 from __future__ import annotations
 
 from collections.abc import Set
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,22 @@ from endoprint.model import ExposureModel, State, Watch
 Array = np.ndarray[Any, np.dtype[Any]]
 
 PENALTY = 1e-3  # per cell, on two inputs: only keeps separable cells finite
+
+
+@dataclass(frozen=True)
+class Control:
+    """One negative control: what a blinded model reached, beside what blind guessing would."""
+
+    name: str
+    macro_f1: float
+    chance: float
+    by_unit: pd.Series
+    is_informative: bool  # under five units a shuffle may leave the labels as they were
+
+    def sentence(self) -> str:
+        """Say it in one line."""
+        said = f"{self.name}: macro-F1 {self.macro_f1:.3f}, blind guessing {self.chance:.3f}"
+        return said if self.is_informative else f"{said}; not informative (under 5 units)"
 
 
 def shuffled(cells: AnnData, *, seed: int) -> AnnData:

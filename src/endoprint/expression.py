@@ -61,6 +61,14 @@ class Expression:
         """Return every cell's expression, (n, G) float32; an absent gene is zero."""
         return self._read(_at(log_normalised(cells, self.genes), self.size))
 
+    def log1p_per_10k(self, values: Array) -> Array:
+        """Return log1p counts per 10,000 of expression as this reads it, (n, G); zero at least."""
+        counts = np.maximum(values, 0.0) / self.scale
+        if self.kind == "log":
+            counts = np.expm1(counts)
+        back: Array = np.log1p(counts * (PER_CELL / self.size))
+        return back
+
     def _read(self, counts: sparse.csr_matrix) -> sparse.csr_matrix:
         if self.kind == "log":
             counts.data = np.log1p(counts.data)

@@ -41,8 +41,9 @@ class Judgement:
     `predictions`: one row per held-out cell, index cell id; unit (and sample, line, batch,
     technical_fold, cell_type where the cells have them), fold, truth, novelty, p_<exposure>.
     `samples`: as `population.sample_calls`, with fold and truth. `metrics`: names as in
-    `metrics.summary`, and population_macro_f1, fit_seconds, cpu_seconds (both mean per fit),
-    score_seconds_per_1000_cells, peak_memory_gib. `by_unit`: as `metrics.by_unit`, over what is
+    `metrics.summary`, the same of whole samples as population_<name>, false_novel_rate,
+    fit_seconds, cpu_seconds (both mean per fit), score_seconds_per_1000_cells, peak_memory_gib.
+    `by_unit`: as `metrics.by_unit`, over what is
     held out whole: units, or lines, or technical folds (`is_replicated` is then false).
     `folds`: cost, temperature and units of every fit.
     """
@@ -161,18 +162,16 @@ def _sampled(
 def _judged(
     heard: list[_Heard], fits: list[dict[str, Any]], split: Split, flags: list[str], *, seed: int
 ) -> Judgement:
-    predictions = pd.concat([part.predictions for part in heard])
-    said = predictions.columns.astype(str).str.startswith("p_")
-    # an exposure that some fold's training units never met: that fold gave it no chance
-    predictions.loc[:, said] = predictions.loc[:, said].fillna(0.0)
-    samples = pd.concat([part.samples for part in heard])
+    predictions = _joined([part.predictions for part in heard])
+    samples = _joined([part.samples for part in heard])
+    samples.index = _once_each(samples)
     folds = pd.DataFrame([fit | _facts(part) for fit, part in zip(fits, heard)]).set_index("fold")
     truth, probabilities = predictions["truth"], metrics.probabilities_of(predictions)
     unit = predictions[split.scheme]  # lines, where whole lines are held out: new ones are claimed
     figures = metrics.summary(probabilities, truth, unit, seed=seed)
-    f1 = metrics.f1_by_exposure(samples["truth"], samples["call"])
+    figures |= _of_populations(samples, seed=seed)
     figures |= {
-        "population_macro_f1": float(f1.mean()),
+        "false_novel_rate": _false_novel_rate(predictions, folds),
         "fit_seconds": float(folds["fit_seconds"].mean()),
         "cpu_seconds": float(folds["cpu_seconds"].mean()),
         "score_seconds_per_1000_cells": float(folds["score_seconds_per_1000_cells"].mean()),
@@ -188,6 +187,52 @@ def _judged(
         is_replicated=not split.is_technical,
         caveats=_caveats(predictions, split, flags),
     )
+
+
+def _joined(tables: list[pd.DataFrame]) -> pd.DataFrame:
+    """Put folds' answers together; an exposure a fold's training never met had no chance there.
+
+    An answer that is no number where the model does know the exposure stays an error.
+    """
+    columns = sorted({name for table in tables for name in table.columns if _is_answer(name)})
+    whole = []
+    for table in tables:
+        own = [name for name in columns if name in table]
+        if table[own].isna().to_numpy().any():
+            at = table.index[table[own].isna().any(axis=1)]
+            raise Refusal(
+                "a model answers every judged cell with numbers",
+                f"none for {len(at)}, the first {at[0]}",
+                "mend the model: its probabilities are NaN",
+            )
+        whole.append(table.assign(**{name: 0.0 for name in columns if name not in table}))
+    return pd.concat(whole)
+
+
+def _is_answer(column: Any) -> bool:
+    return str(column).startswith("p_")
+
+
+def _once_each(samples: pd.DataFrame) -> pd.Index:
+    """Name samples once each: technical folds may cut one in several."""
+    if samples.index.is_unique:
+        return samples.index
+    names = [f"{name}|fold {fold}" for name, fold in zip(samples.index, samples["fold"])]
+    return pd.Index(names, name=samples.index.name)
+
+
+def _of_populations(samples: pd.DataFrame, *, seed: int) -> dict[str, float]:
+    """Return the figures of cells, taken over whole samples: population_<figure>."""
+    told = metrics.summary(
+        metrics.probabilities_of(samples), samples["truth"], samples["unit"], seed=seed
+    )
+    return {f"population_{k}": value for k, value in told.items() if not k.startswith("f1_")}
+
+
+def _false_novel_rate(predictions: pd.DataFrame, folds: pd.DataFrame) -> float:
+    """Return which share of held-out cells is taken for novel though none is (judging rule 11)."""
+    threshold = predictions["fold"].map(folds["novelty_threshold"]).astype(float)
+    return float((predictions["novelty"].astype(float) > threshold).mean())
 
 
 def _facts(part: _Heard) -> dict[str, Any]:
@@ -220,84 +265,12 @@ def _caveats(predictions: pd.DataFrame, split: Split, flags: list[str]) -> tuple
     return tuple(said)
 
 
-# -- negative controls --------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Control:
-    """One negative control: what a blinded model reached, beside what blind guessing would."""
-
-    name: str
-    macro_f1: float
-    chance: float
-    by_unit: pd.Series
-    is_informative: bool  # under five units a shuffle may leave the labels as they were
-
-    def sentence(self) -> str:
-        """Say it in one line."""
-        said = f"{self.name}: macro-F1 {self.macro_f1:.3f}, blind guessing {self.chance:.3f}"
-        return said if self.is_informative else f"{said}; not informative (under 5 units)"
-
-
-def shuffled_control(
-    build: Build,
-    cells: AnnData,
-    split: Split,
-    *,
-    seed: int = 0,
-    folds: Sequence[int] | None = None,
-) -> Control:
-    """Judge the same model after permuting exposures among each unit's samples (judging rule 5).
-
-    Above chance means that something other than the exposure leaks from training to held-out.
-    """
-    found = cross_fit(build, controls.shuffled(cells, seed=seed), split, folds=folds)
-    return _control("shuffled labels", found, asks_for_units=True)
-
-
-def depth_control(
-    cells: AnnData, split: Split, *, seed: int = 0, folds: Sequence[int] | None = None
-) -> Control:
-    """Judge a model that sees only the number of counts and of genes of a cell."""
-    found = cross_fit(lambda: controls.DepthOnly(seed=seed), cells, split, folds=folds)
-    return _control("depth only", found)
-
-
-def gene_controls(
-    build: Build, cells: AnnData, split: Split, *, folds: Sequence[int] | None = None
-) -> list[Control]:
-    """Judge the same model on parts of the genes, leaving out parts that were not measured.
-
-    Published targets only; targets removed; mitochondrial and ribosomal genes only.
-    """
-    targets = controls.target_genes(cells)
-    housekeeping = controls.mitochondrial_and_ribosomal(cells)
-    views = []
-    if targets:
-        views.append(("targets only", controls.only_genes(cells, targets)))
-        views.append(("targets removed", controls.without_genes(cells, targets)))
-    if housekeeping:
-        only = controls.only_genes(cells, housekeeping)
-        views.append(("mitochondrial and ribosomal only", only))
-    return [_control(name, cross_fit(build, view, split, folds=folds)) for name, view in views]
-
-
-def _control(name: str, found: Judgement, *, asks_for_units: bool = False) -> Control:
-    n_units = len(found.by_unit) if found.is_replicated else 0
-    n_exposures = found.probabilities.shape[1]
-    return Control(
-        name=name,
-        macro_f1=found.metrics["macro_f1"],
-        chance=controls.chance_macro_f1(found.predictions["truth"], n_exposures),
-        by_unit=found.by_unit["macro_f1"],
-        is_informative=n_units >= FEWEST_FOR_INTERVAL or not asks_for_units,
-    )
-
-
 # -- the leaderboard ----------------------------------------------------------------------------
 def leaderboard(
     judgements: Sequence[Judgement],
     *,
     audit: Mapping[str, Any] | None = None,
-    shuffles: Mapping[str, Control] | None = None,
+    shuffles: Mapping[str, controls.Control] | None = None,
     bar: str = "logistic",
 ) -> pd.DataFrame:
     """Return one row per model, best first: figures, doubt, cost, control and caveats.
@@ -334,7 +307,7 @@ def leaderboard(
 
 
 def _row(
-    one: Judgement, shuffle: Control | None, audit: Mapping[str, Any] | None
+    one: Judgement, shuffle: controls.Control | None, audit: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     scores = one.by_unit["macro_f1"]
     found = interval(scores) if one.is_replicated else None

@@ -1,12 +1,13 @@
-"""A small common space for cells: log-normalised counts, variable genes, principal components.
+"""A small common space for cells: expression of variable genes, principal components.
 
-Genes, centre and components are fitted on training cells only; the model that owns a `Latent`
-keeps it as arrays. n cells, G genes, D width.
+Genes, scales, centre and components are fitted on training cells only; the model that owns a
+`Latent` keeps it as arrays. What spreads cells most there is seldom their exposure, so models that
+go by distance turn it by `telling_axes`. n cells, G genes, D width, E exposures, A axes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -14,23 +15,36 @@ import pandas as pd
 from anndata import AnnData
 from scipy import sparse
 from scipy.linalg import eigh
+from sklearn.covariance import ledoit_wolf_shrinkage
 
 from endoprint.curated import log_normalised
+from endoprint.expression import Expression
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 N_MEAN_BINS = 20  # genes are called variable among genes of similar mean (Satija 2015)
+ROUNDNESS = 0.1  # least share of the spread within taken as equal on all axes (a guess)
+CELLS_PER_AXIS = 5  # fewer, and axes tell the training cells apart only (a guess)
 BLOCK = 4096  # cells projected at once; bounds memory
 
 
 @dataclass(frozen=True)
 class Latent:
-    """Principal components of log1p counts per 10,000 over the most variable genes."""
+    """Principal components of the log expression (`expression`) of the most variable genes."""
 
-    genes: list[str]
-    centre: Array  # (G,)
+    expression: Expression
     components: Array  # (D, G), orthonormal rows
     residual: float  # root mean square distance of a training cell from the plane
+
+    @property
+    def genes(self) -> list[str]:
+        """The genes it reads, in order."""
+        return self.expression.genes
+
+    @property
+    def centre(self) -> Array:
+        """Mean expression of the training cells, (G,)."""
+        return self.expression.mean
 
     @classmethod
     def fit(cls, cells: AnnData, *, n_genes: int = 2000, width: int = 30) -> Self:
@@ -39,20 +53,17 @@ class Latent:
         Exact and without chance: the smaller of the two covariance matrices is diagonalised.
         Fewer cells or genes than asked for give fewer axes.
         """
-        every = log_normalised(cells, list(cells.var_names))
-        chosen = variable_genes(every, n_genes)
-        values = every[:, chosen].toarray().astype(np.float64)
-        centre = values.mean(axis=0)
-        values -= centre
+        chosen = variable_genes(log_normalised(cells, list(cells.var_names)), n_genes)
+        expression = Expression.fit(cells[:, chosen], "log")
+        values = expression.of(cells).toarray().astype(np.float64)
+        # to the last digit, else copies of one cell differ from their mean by rounding
+        expression = replace(expression, mean=values.mean(axis=0))
+        values -= expression.mean
         width = max(1, min(width, len(values) - 1, len(chosen)))
         components = _leading_axes(values, width)
         off = values - (values @ components.T) @ components
-        return cls(
-            genes=[str(gene) for gene in cells.var_names[chosen]],
-            centre=centre,
-            components=components,
-            residual=float(np.sqrt((off**2).sum(axis=1).mean())),
-        )
+        residual = float(np.sqrt((off**2).sum(axis=1).mean()))
+        return cls(expression, components, residual)
 
     def transform(self, cells: AnnData) -> Array:
         """Return each cell's place on the axes, (n, D); an absent gene counts as average."""
@@ -68,10 +79,10 @@ class Latent:
         return np.column_stack([place, off])
 
     def _project(self, cells: AnnData) -> tuple[Array, Array]:
-        is_present = np.isin(self.genes, cells.var_names)
+        is_present = cells.var_names.get_indexer(self.genes) >= 0
         place = np.empty((cells.n_obs, len(self.components)))
         off = np.empty(cells.n_obs)
-        every = log_normalised(cells, self.genes)
+        every = self.expression.of(cells)
         for start in range(0, cells.n_obs, BLOCK):
             block = every[start : start + BLOCK].toarray().astype(np.float64) - self.centre
             block[:, ~is_present] = 0.0
@@ -81,10 +92,19 @@ class Latent:
             off[start : start + BLOCK] = np.sqrt(np.maximum(squared, 0.0))
         return place, off
 
+    def image(self, place: Array) -> Array:
+        """Return the log1p counts per 10,000 that a place stands for, (n, D) -> (n, G).
+
+        Floored at zero; what the axes do not see is as in the average cell.
+        """
+        return self.expression.log1p_per_10k(place @ self.components + self.centre)
+
     def arrays(self) -> dict[str, Array]:
         """Return what `of` needs beside the gene list."""
         return {
             "latent.centre": self.centre,
+            "latent.scale": self.expression.scale,
+            "latent.size": np.array([self.expression.size]),
             "latent.components": self.components,
             "latent.residual": np.array([self.residual]),
         }
@@ -92,12 +112,50 @@ class Latent:
     @classmethod
     def of(cls, genes: list[str], arrays: dict[str, Array]) -> Self:
         """Take back what `arrays` gave."""
-        return cls(
-            genes=genes,
-            centre=arrays["latent.centre"],
-            components=arrays["latent.components"],
-            residual=float(arrays["latent.residual"][0]),
+        read = Expression(
+            genes,
+            "log",
+            float(arrays["latent.size"][0]),
+            arrays["latent.scale"],
+            arrays["latent.centre"],
         )
+        return cls(read, arrays["latent.components"], float(arrays["latent.residual"][0]))
+
+
+def telling_axes(places: Array, labels: Array, *, n_further: int = 0) -> Array:
+    """Return the axes that tell exposures apart, (D, A), scaled to unit spread within exposures.
+
+    places (n, D), leading components first; labels (n,) column numbers 0..E-1, all present; the
+    global metric of Hastie & Tibshirani 1996 (IEEE PAMI 18:607). Exposures weigh equally. The
+    spread within is held round as far as few cells measure it badly (Ledoit & Wolf 2004), and
+    components that fewer than `CELLS_PER_AXIS` cells each speak for are left out. A is E - 1 (D at
+    most) and `n_further` of the components themselves: what else cells differ in.
+    """
+    width = min(places.shape[1], max(int(labels.max()), len(places) // CELLS_PER_AXIS))
+    every, places = places.shape[1], places[:, :width]
+    groups = [places[labels == e] for e in range(int(labels.max()) + 1)]
+    means = np.stack([group.mean(axis=0) for group in groups])
+    centred = zip(groups, means, strict=True)
+    within = np.mean([(g - m).T @ (g - m) / len(g) for g, m in centred], axis=0)
+    total = np.trace(np.cov(means.T, bias=True).reshape(width, width) + within) / width
+    floor = max(np.trace(within) / width, 1e-6 * total, 1e-6)
+    measured = float(ledoit_wolf_shrinkage(places - means[labels], assume_centered=True))
+    roundness = max(ROUNDNESS, measured if np.isfinite(measured) else 1.0)
+    within = (1 - roundness) * within + roundness * floor * np.eye(width)
+    between = np.cov(means.T, bias=True).reshape(width, width)
+    first = max(0, width - (len(groups) - 1))
+    _, axes = eigh(between, within, subset_by_index=(first, width - 1))
+    n_further = min(n_further, width)
+    further = np.eye(width)[:, :n_further] / np.sqrt(np.diag(within))[:n_further]
+    unused = np.zeros((every - width, axes.shape[1] + n_further))
+    return np.ascontiguousarray(np.vstack([np.hstack([axes[:, ::-1], further]), unused]))
+
+
+def way_back(places: Array, axes: Array) -> Array:
+    """Return the map (A, D) from places on the axes to the likeliest places in the latent."""
+    centred = places - places.mean(axis=0)
+    back: Array = np.linalg.lstsq(centred @ axes, centred, rcond=None)[0]
+    return back
 
 
 def variable_genes(values: sparse.csr_matrix, n_genes: int) -> Array:

@@ -274,7 +274,7 @@ def _shuffled(
     A model dearer than the bar is not refitted where the shuffle could not tell anything; nor is
     the bar where a permutation can hardly be other than the truth or its mirror image.
     """
-    from endoprint import judge, runs, tracking
+    from endoprint import negatives, runs, tracking
     from endoprint.model import model_class
     from endoprint.paired import FEWEST_FOR_INTERVAL
 
@@ -300,7 +300,7 @@ def _shuffled(
             parent=run_id, tags={"control_of": run_id, "split_hash": split.hash},
         ) as run,
     ):  # fmt: skip
-        control = judge.shuffled_control(build, cells, split, seed=seed)
+        control = negatives.shuffled_control(build, cells, split, seed=seed)
         told = {
             "said": f"{model}, {control.sentence()}",
             "macro_f1": control.macro_f1,

@@ -21,7 +21,6 @@ from lightgbm.callback import CallbackEnv
 from optuna.distributions import FloatDistribution, IntDistribution
 
 from endoprint.config import Config
-from endoprint.curated import log_normalised
 from endoprint.draws import evenly_drawn
 from endoprint.latent import Latent
 from endoprint.metrics import balanced_weight
@@ -118,7 +117,7 @@ class Boosting(ExposureModel):
     ) -> lightgbm.Dataset:
         index = pd.Index(self.exposures)
         return lightgbm.Dataset(
-            log_normalised(cells, self._latent.genes),
+            self._latent.expression.of(cells),
             label=index.get_indexer(pd.Index(cells.obs["exposure"].astype(str))),
             weight=weight,
             reference=like,
@@ -131,8 +130,8 @@ class Boosting(ExposureModel):
         self._trees = lightgbm.Booster(model_str=text)
 
     def evidence(self, cells: AnnData) -> Array:
-        values = log_normalised(cells, self._latent.genes)
-        is_here = np.isin(self._latent.genes, cells.var_names)
+        values = self._latent.expression.of(cells)
+        is_here = cells.var_names.get_indexer(self._latent.genes) >= 0
         weighed = np.empty((cells.n_obs, len(self.exposures)))
         for start in range(0, cells.n_obs, BLOCK):
             block = values[start : start + BLOCK].toarray().astype(np.float64)

@@ -22,14 +22,13 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-from scipy.linalg import eigh
 from scipy.spatial.distance import cdist
 from scipy.special import logsumexp
 
 from endoprint.calibration import fit_temperature
 from endoprint.config import Config
 from endoprint.draws import evenly_drawn
-from endoprint.latent import Latent
+from endoprint.latent import Latent, telling_axes
 from endoprint.metrics import balanced_weight
 from endoprint.model import ExposureModel, State, Watch
 
@@ -37,7 +36,6 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 TRIED = (5, 15, 50, 150, 500)  # neighbours, compared on validation cells
 UNCHOSEN = 15  # where there are no validation cells to choose on
-ROUNDNESS = 0.1  # share of the within-exposure spread taken as equal on all axes (a guess)
 BLOCK_BYTES = 2**27  # of distances held at once
 
 
@@ -71,7 +69,7 @@ class Neighbours(ExposureModel):
         places = self._latent.transform(train)
         self._axes = np.eye(places.shape[1])
         if self.config.is_discriminant:
-            self._axes = discriminant_axes(places, self._labels)
+            self._axes = telling_axes(places, self._labels)
         # through float32, as they will be read back
         self._places = (places @ self._axes).astype(np.float32)
         self._choose(valid, watch)
@@ -155,25 +153,6 @@ class Neighbours(ExposureModel):
         self._places = state.arrays["places"]
         self._labels = state.arrays["labels"]
         self._axes = state.arrays["axes"]
-
-
-def discriminant_axes(places: Array, labels: Array) -> Array:
-    """Return the axes that tell exposures apart, (D, A), scaled to unit spread within exposures.
-
-    places (n, D), labels (n,) column numbers 0..E-1, all present; A = min(D, E - 1). Exposures
-    weigh equally. The spread within is held a little round, since few cells measure it badly.
-    """
-    groups = [places[labels == e] for e in range(int(labels.max()) + 1)]
-    means = np.stack([group.mean(axis=0) for group in groups])
-    centred = zip(groups, means, strict=True)
-    within = np.mean([(g - m).T @ (g - m) / len(g) for g, m in centred], axis=0)
-    width = len(within)
-    floor = max(np.trace(within) / width, 1e-12)
-    within = (1 - ROUNDNESS) * within + ROUNDNESS * floor * np.eye(width)
-    between = np.cov(means.T, bias=True).reshape(width, width)
-    first = max(0, width - (len(groups) - 1))
-    _, axes = eigh(between, within, subset_by_index=(first, width - 1))
-    return np.ascontiguousarray(axes[:, ::-1])
 
 
 def _loss(evidence: Array, column: Array, weight: Array) -> float:

@@ -31,9 +31,8 @@ from sklearn.mixture import GaussianMixture
 
 from endoprint.calibration import fit_temperature
 from endoprint.config import Refusal
-from endoprint.curated import log_normalised
 from endoprint.labels import CONTROL
-from endoprint.latent import Latent
+from endoprint.latent import Latent, telling_axes, way_back
 from endoprint.model import ExposureModel, State, Watch
 from endoprint.models.bridge.motion import Ends, Motion, MotionConfig
 
@@ -48,7 +47,9 @@ class BridgeConfig(MotionConfig):
     """What the bridge may be told."""
 
     latent_genes: int = 2000  # most variable genes
-    latent_width: Annotated[int, IntDistribution(2, 100)] = 30  # principal components
+    latent_width: Annotated[int, IntDistribution(2, 500, log=True)] = 200  # principal components
+    # components beside the axes that tell exposures apart: what else a carried cell varies in
+    further_axes: Annotated[int, IntDistribution(0, 50)] = 10
     # a whole sample: the mean of its cells, or its distance from its unit's own controls, carried
     population: Literal["cells", "carried"] = "cells"
 
@@ -98,8 +99,11 @@ class Bridge(ExposureModel):
         self._latent = Latent.fit(
             train, n_genes=self.config.latent_genes, width=self.config.latent_width
         )
-        place = self._latent.transform(train)
+        places = self._latent.transform(train)
         truth = pd.Index(self.exposures).get_indexer(pd.Index(train.obs["exposure"].astype(str)))
+        self._axes = telling_axes(places, truth, n_further=self.config.further_axes)
+        self._back = way_back(places, self._axes)
+        place = places @ self._axes
         means = np.stack([place[truth == e].mean(axis=0) for e in range(len(self.exposures))])
         within = np.sqrt(((place - means[truth]) ** 2).mean(axis=0))
         self._centre = means[self.exposures.index(control)]
@@ -173,16 +177,16 @@ class Bridge(ExposureModel):
                 exposure,
                 f"one of {', '.join(self.exposures)}",
             )
+        place = self._standard(control)
+        moved = (self._carried(place, exposure, seed) - place) * self._scale @ self._back
         here = self._latent.transform(control)
-        there = self._carried((here - self._centre) / self._scale, exposure, seed)
-        there = there * self._scale + self._centre
         if not as_genes:
-            axes = [f"axis_{i}" for i in range(there.shape[1])]
-            return pd.DataFrame(there, index=control.obs_names, columns=axes)
-        values = log_normalised(control, self._latent.genes).toarray().astype(np.float64)
-        values += (there - here) @ self._latent.components
+            axes = [f"axis_{i}" for i in range(here.shape[1])]
+            return pd.DataFrame(here + moved, index=control.obs_names, columns=axes)
+        read = self._latent.expression
+        values = read.of(control).toarray() + moved @ self._latent.components
         return pd.DataFrame(
-            np.maximum(values, 0.0), index=control.obs_names, columns=self._latent.genes
+            read.log1p_per_10k(values), index=control.obs_names, columns=read.genes
         )
 
     def _carried(self, place: Array, exposure: str, seed: int) -> Array:
@@ -234,7 +238,8 @@ class Bridge(ExposureModel):
             )
 
     def _standard(self, cells: AnnData) -> Array:
-        standard: Array = (self._latent.transform(cells) - self._centre) / self._scale
+        place = self._latent.transform(cells) @ self._axes
+        standard: Array = (place - self._centre) / self._scale
         return standard
 
     # -- disk -------------------------------------------------------------------------------------
@@ -247,6 +252,8 @@ class Bridge(ExposureModel):
         own = {
             "centre": self._centre,
             "scale": self._scale,
+            "axes": self._axes,
+            "back": self._back,
             "kinds.log_weight": self._kinds.log_weight,
             "kinds.mean": self._kinds.mean,
             "kinds.whiten": self._kinds.whiten,
@@ -261,6 +268,7 @@ class Bridge(ExposureModel):
         self._control = state.values["control"]
         self._latent = Latent.of(list(state.values["latent_genes"]), arrays)
         self._centre, self._scale = arrays["centre"], arrays["scale"]
+        self._axes, self._back = arrays["axes"], arrays["back"]
         self._kinds = Kinds(*(arrays[f"kinds.{key}"] for key in ("log_weight", "mean", "whiten")))
         self._motion = self._blank(len(self._centre))
         for side, drift in (("onward", self._motion.onward), ("back", self._motion.back)):
