@@ -52,7 +52,6 @@ Objective = Callable[[Trial], float]
 
 def open_study(journal: Path, name: str, *, seed: int) -> optuna.Study:
     """Open (or begin) a study that maximises macro-F1; trials of dead processes are closed."""
-    journal.parent.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(
         study_name=name,
@@ -83,6 +82,7 @@ def _storage(journal: Path) -> BaseStorage:
     shared = os.environ.get(STORAGE)
     if shared:
         return RDBStorage(shared)
+    journal.parent.mkdir(parents=True, exist_ok=True)
     return JournalStorage(JournalFileBackend(str(journal)))
 
 
