@@ -124,7 +124,7 @@ def test_another_machine_pulls_the_same_bytes_and_scores_with_the_same_champion(
     assert done.returncode == 0, done.stderr
     cells = "data/cells/cells.h5ad"
     assert md5((there / cells).read_bytes()).digest() == md5((here / cells).read_bytes()).digest()
-    done = shared_services.endoprint("score", cells, "scores", cwd=there)
+    done = shared_services.endoprint("score", str(here / "data/raw/new.h5ad"), "scores", cwd=there)
     assert done.returncode == 0, done.stderr
     assert (there / "scores/scores.parquet").is_file()
 
