@@ -4,7 +4,7 @@ BIN := .venv/bin
 # two cores and several processes: one thread each is faster than fighting over them
 ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 NUMBA_NUM_THREADS=1
 
-.PHONY: demo test test-all check bench torture clean
+.PHONY: demo test test-all check bench gpu torture clean
 
 demo: .venv/.installed  ## the whole story on simulated cells, under Prefect, at most five minutes
 	$(BIN)/python -m flows.story
@@ -20,7 +20,12 @@ check: .venv/.installed  ## style, types, import contracts
 
 bench: .venv/.installed  ## costs beside references, in minutes; DATA=FOLDER of the two public h5ad files
 	$(ONE_THREAD) $(BIN)/python benchmarks/published.py --quick $(if $(DATA),--data "$(DATA)")
+	$(ONE_THREAD) $(BIN)/python benchmarks/steps.py --steps 1 --cells 32
+	$(ONE_THREAD) $(BIN)/python benchmarks/inference.py --repeats 1 --shapes "2 x 64"
 	$(ONE_THREAD) $(BIN)/python benchmarks/tokenise.py --cells 5000 --repeats 1
+
+gpu: .venv/.installed  ## what one GPU does, in ten minutes; without one it says so
+	$(BIN)/python benchmarks/gpu.py
 
 torture: .venv/.installed  ## kill -9 at random moments, fifty times, and promoters at once, fifty rounds
 	cd tests && $(ONE_THREAD) ../$(BIN)/python torture.py --kills 50

@@ -117,7 +117,10 @@ class Loop:
             self.network.standardise = TeamNorm.over(alone)
         self._choose_way()
         while self.progress.epoch < self.epochs and not self.progress.has_stopped:
-            metrics = self.team.told({"train_loss": self._one_epoch(), **self._validate()})
+            metrics = {"train_loss": self._one_epoch(), **self._validate()}
+            if self.device.type == "cuda":
+                metrics["peak_gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            metrics = self.team.told(metrics)
             self._judge(metrics)
             self._keep()
             watch(self.progress.epoch, metrics)
