@@ -295,7 +295,10 @@ def test_where_the_policy_asks_for_a_person_the_champion_stays_until_one_approve
     path = jobs.promote(root, version="2")
     held = json.loads(Path(path).read_text())
     assert (held["decision"], held["champion"]) == ("hold", "1")
-    assert held["reasons"][0] == "every gate is passed: it waits for approval"
+    assert (
+        held["reasons"][0]
+        == "every gate is passed: a person approves it with `endoprint registry approve`"
+    )
     assert jobs.waits_for_approval(root, verdict=path)
     assert not held["was_opened"]  # who has to agree is no other question to the units
     done = json.loads(
@@ -357,7 +360,7 @@ def test_an_approval_is_of_one_question_and_not_of_the_next(waiting: Workspace) 
     waiting.policy.write_text(POLICY + "approval: human\nat_least: {macro_f1: 0.1}\n")
     held = promote(waiting, "2")
     assert held.verdict.decision == "hold"
-    assert "waits for approval" in held.verdict.reasons[0]
+    assert "registry approve" in held.verdict.reasons[0]
 
 
 # -- going back ---------------------------------------------------------------------------------
@@ -377,6 +380,31 @@ def test_a_verdict_asked_for_again_is_the_one_that_was_given(lab: Workspace) -> 
     (made,) = [x for x in before if x["what"] == "verdict" and x["version"] == "2"]
     assert again.verdict.to_json() == made["verdict"]
     assert history.read(lab) == before
+
+
+@pytest.mark.parametrize("at", ["intent", "previous"])
+def test_a_flip_cut_short_leaves_every_alias_as_the_history_tells(
+    lab: Workspace, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    run_id = fit_and_track(lab, model=Logistic(LogisticConfig(penalty=2.0, latent_width=4)))
+    third = register(lab, run_id)
+    store = type(tracking.client(lab))
+    whole = store.set_registered_model_alias
+
+    def dies(client: object, name: str, alias: str, version: str) -> None:
+        if at == "previous":
+            whole(client, name, alias, version)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store, "set_registered_model_alias", dies)
+    with pytest.raises(KeyboardInterrupt):
+        registry.go_live(lab, third, against=champion(lab), why="better")
+    monkeypatch.undo()
+    assert jobs.plan(str(lab.root)) == {"moves": []}  # which closes what was left open
+    assert history.read(lab)[-1]["what"] == "abandoned"
+    assert registry.aliases(lab) == {"champion": "2", "previous": "1", "candidate": "3"}
+    registry.go_live(lab, third, against=champion(lab), why="better")
+    assert registry.aliases(lab) == {"champion": "3", "previous": "2", "candidate": "3"}
 
 
 def test_registering_tells_what_a_crash_left_untold(

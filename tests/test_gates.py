@@ -273,7 +273,10 @@ def test_where_the_policy_asks_for_a_person_a_promotion_waits_and_nothing_else_d
     passed = decide(evidence(), CHAMPION, {}, rules, design())
     waiting = approved(passed, rules, None)
     assert waiting.decision == "hold"
-    assert waiting.reasons[0] == "every gate is passed: it waits for approval"
+    assert (
+        waiting.reasons[0]
+        == "every gate is passed: a person approves it with `endoprint registry approve`"
+    )
     assert waiting.reasons[1:] == passed.reasons
     given = approved(passed, rules, Approval("ann", True, "figures read"))
     assert (given.decision, given.reasons[0]) == ("promote", "approved by ann: figures read")

@@ -10,7 +10,6 @@ from typing import Any
 
 from endoprint import history, registry
 from endoprint.config import Refusal
-from endoprint.registry import CANDIDATE, CHAMPION, PREVIOUS
 from endoprint.workspace import Workspace
 
 
@@ -73,18 +72,10 @@ def reign_at(workspace: Workspace, moment: str) -> Reign:
 def plan(workspace: Workspace) -> list[Move]:
     """Return what stands otherwise than the history says: aliases, and versions' digests."""
     lines = history.read(workspace)
-    flips = [line for line in lines if line["what"] == "done"]
-    replaced = [line["from"] for line in flips if line["from"] is not None]
-    named = [line["version"] for line in lines if line["what"] == "candidate"]
-    told = {
-        CHAMPION: flips[-1]["to"] if flips else None,
-        PREVIOUS: replaced[-1] if replaced else None,
-        CANDIDATE: named[-1] if named else None,
-    }
     standing = registry.aliases(workspace)
     moves = [
         Move(f"@{alias}", version, found)
-        for alias, version in told.items()
+        for alias, version in registry.told_aliases(workspace).items()
         if (found := standing.get(alias)) != version
     ]
     digests = {line["version"]: line["sha256"] for line in lines if line["what"] == "register"}

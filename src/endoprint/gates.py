@@ -366,7 +366,8 @@ def approved(verdict: Verdict, policy: Policy, approval: Approval | None) -> Ver
     if policy.approval == "auto" or verdict.decision != "promote":
         return verdict
     if approval is None:
-        check = Check("approval", False, "every gate is passed: it waits for approval", "hold")
+        said = "every gate is passed: a person approves it with `endoprint registry approve`"
+        check = Check("approval", False, said, "hold")
         return Verdict("hold", [check.said, *verdict.reasons], [*verdict.checks, check])
     verb = "approved" if approval.is_given else "declined"
     check = Check("approval", approval.is_given, f"{verb} by {approval.who}: {approval.why}")

@@ -336,8 +336,27 @@ def recover(workspace: Workspace) -> str | None:
     left = {key: lines[-1][key] for key in ("from", "to", "why")}
     live = champion(workspace)
     outcome = "done" if (live.version if live else None) == left["to"] else "abandoned"
+    if outcome == "abandoned":  # @previous may have been set for what did not come
+        store, before = tracking.client(workspace), told_aliases(workspace)[PREVIOUS]
+        if before is not None:
+            store.set_registered_model_alias(workspace.experiment, PREVIOUS, before)
+        elif PREVIOUS in aliases(workspace):
+            store.delete_registered_model_alias(workspace.experiment, PREVIOUS)
     tell(workspace, outcome, {**left, "recovered": True})
     return outcome
+
+
+def told_aliases(workspace: Workspace) -> dict[str, str | None]:
+    """Return alias -> the version it names by the history; None where it names none."""
+    lines = history.read(workspace)
+    flips = [line for line in lines if line["what"] == "done"]
+    replaced = [line["from"] for line in flips if line["from"] is not None]
+    named = [line["version"] for line in lines if line["what"] == "candidate"]
+    return {
+        CHAMPION: flips[-1]["to"] if flips else None,
+        PREVIOUS: replaced[-1] if replaced else None,
+        CANDIDATE: named[-1] if named else None,
+    }
 
 
 OPENS, CLOSES = {"intent"}, {"done", "abandoned"}
