@@ -246,9 +246,9 @@ def _parquet(out: Path) -> Iterator[tuple[pq.ParquetWriter, Callable[..., None]]
             pq.ParquetWriter(
                 beside,
                 SCHEMA,
-                # measured on tokens: half the bytes of plain zstd, and faster both ways
-                compression="zstd",
-                compression_level=1,
+                # measured on tokens: the bytes of zstd without splitting, at half its cost; zstd
+                # after splitting saves a tenth more bytes for a quarter more time
+                compression="lz4",
                 use_dictionary=False,
                 column_encoding={"tokens.list.element": "BYTE_STREAM_SPLIT"},
                 write_page_checksum=True,
