@@ -101,7 +101,9 @@ def words(figure: Figure) -> str:
 # -- figures ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("exposures", [TWO, FIFTEEN], ids=["two", "fifteen"])
 @pytest.mark.parametrize("n_units", [1, 3])
-@pytest.mark.parametrize("draw", [report.confusion, report.roc, report.reliability])
+@pytest.mark.parametrize(
+    "draw", [report.confusion, report.roc, report.precision_recall, report.reliability]
+)
 def test_a_figure_of_predictions_is_drawn_without_global_state(draw, exposures, n_units):
     before = len(_pylab_helpers.Gcf.figs)
     table = predictions(exposures, n_units=n_units, n_cells=4)
@@ -156,6 +158,38 @@ def test_cells_of_unknown_truth_are_left_out():
     table["truth"] = None
     for draw in (report.confusion, report.roc, report.reliability):
         assert "No cell of known exposure" in words(draw(table))
+
+
+def test_a_map_shows_every_call_and_crosses_the_wrong_ones():
+    table = predictions(TWO, n_units=1, n_cells=10, strength=1.0)
+    rng = np.random.default_rng(0)
+    places = report.lay_out(pd.DataFrame(rng.normal(size=(20, 5)), index=table.index))
+    assert places.shape == (20, 2)
+    assert np.isfinite(places.to_numpy()).all()
+    again = report.lay_out(pd.DataFrame(np.zeros((3, 5)), index=["a", "b", "c"]))
+    assert (again == 0).all().all()  # too few to lay out
+    figure = report.map_of_calls(table, places)
+    drawn = sum(len(points.get_offsets()) for points in figure.axes[0].collections)
+    assert drawn == 20
+    probabilities = table.filter(regex="^p_").rename(columns=lambda c: c.removeprefix("p_"))
+    right = (probabilities.idxmax(axis=1) == table["truth"]).mean()
+    assert f"{right:.0%}" in words(figure)
+    assert "t-SNE" in words(figure)
+
+
+def test_the_page_tells_figures_by_pathway_and_direction_and_maps_the_leader():
+    exposures = ["DMSO", "RET_AGONIST", "RET_ANTAGONIST"]
+    table = predictions(exposures, n_units=2, n_cells=5)
+    made = board()
+    vectors = pd.DataFrame(
+        np.random.default_rng(0).normal(size=(len(table), 4)), index=table.index
+    )
+    html = report.leaderboard_page(
+        made, predictions={made.leader: table}, control="DMSO", vectors=vectors
+    )
+    assert_stands_alone(html)
+    for word in ("pathway", "direction", "ANTAGONIST", "PR-AUC", "t-SNE", "precision against"):
+        assert word in html
 
 
 def test_predictions_without_truth_are_refused():
@@ -322,7 +356,7 @@ def test_a_leaderboard_page_stands_alone_with_names_escaped():
     )
     assert EVIL not in page
     assert_stands_alone(page)
-    assert page.count("<img") == 5  # units, cost, confusion, ROC, reliability
+    assert page.count("<img") == 6  # units, cost, confusion, ROC, reliability
     assert all(alt for name, alt in Tags(page).attributes if name == "alt")
 
 

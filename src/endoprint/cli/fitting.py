@@ -94,10 +94,34 @@ def models(as_json: Json = False) -> None:
 
 
 @app.command()
-def leaderboard(workspace: Folder = Path(), as_json: Json = False) -> None:
+def leaderboard(
+    controls: Annotated[
+        str, typer.Option(help="all: negative controls of every model, not the first two's alone")
+    ] = "",
+    workspace: Folder = Path(),
+    as_json: Json = False,
+) -> None:
     """Compare the latest fit of every model on the same held-out development units."""
-    path = Path(jobs.leaderboard(str(workspace)))
+    path = Path(jobs.leaderboard(str(workspace), controls=controls))
     if as_json:
         typer.echo(path.read_text())
     else:
         show(jobs.leaderboard_screen(str(workspace)))
+
+
+@app.command()
+def novelty(
+    model: Annotated[str, typer.Argument(help="a fitted model")] = "logistic",
+    workspace: Folder = Path(),
+    as_json: Json = False,
+) -> None:
+    """Leave every exposure out of a model in turn, and say whether a stranger is noticed."""
+    run = jobs.strangers(str(workspace), model=model)
+    found = jobs.strangers_of(str(workspace), run)
+    lines = [
+        f"{row['exposure']}: novelty AUROC {row['novelty_auroc']:.3f}; from control, when known, "
+        f"{row['separability_auroc']:.3f}; found {row['found_rate']:.0%}, "
+        f"false alarms {row['false_novel_rate']:.0%}"
+        for row in found
+    ]
+    say({"run_id": run, "exposures": found}, "\n".join([*lines, f"run {run}"]), as_json)

@@ -33,6 +33,7 @@ from endoprint.jobs.embedding import embed
 from endoprint.jobs.fitting import figures_of, leaderboard, train
 from endoprint.jobs.inbox import score_inbox
 from endoprint.jobs.live import gc
+from endoprint.jobs.negatives import strangers, strangers_of
 from endoprint.jobs.nights import end_night, night, wants_pretraining
 from endoprint.jobs.pretraining import backbone_of, backbones, pretrain
 from endoprint.jobs.records import history, lineage, plan, seen, verify, who
@@ -98,6 +99,8 @@ __all__ = [
     "status",
     "stops",
     "story_steps",
+    "strangers",
+    "strangers_of",
     "tell",
     "tokenise",
     "tokenize_file",

@@ -16,6 +16,7 @@ from endoprint.jobs.materials import (
     resources,
     work_folder,
 )
+from endoprint.jobs.negatives import BAR, blinded, shuffled
 from endoprint.jobs.searching import n_trials_behind, search_result
 from endoprint.jobs.together import Member, Plan, team
 from endoprint.workspace import Workspace
@@ -29,9 +30,8 @@ if TYPE_CHECKING:
     from endoprint.model import ExposureModel
     from endoprint.tracking import Run
 
-BAR = "logistic"  # what every model is compared with, unless the field lacks it
+MAPPED_AXES = 20  # of the latent, behind the map of cells
 DESCRIPTION = "mlflow.note.content"  # Markdown that MLflow's UI shows above a run
-FEWEST_TO_SHUFFLE = 3  # units; of two, and two exposures, half of all shuffles change nothing
 
 
 # -- training -----------------------------------------------------------------------------------
@@ -133,7 +133,8 @@ def figures_of(workspace: str, run_id: str) -> dict[str, float]:
 
 
 def _log_judgement(run: Run, judged: Judgement, cells: AnnData) -> None:
-    from endoprint.report import figures
+    from endoprint import report as figures
+    from endoprint.breakdown import breakdown
 
     control = str(cells.uns["endoprint"]["control"])
     run.metrics(judged.metrics)
@@ -144,6 +145,8 @@ def _log_judgement(run: Run, judged: Judgement, cells: AnnData) -> None:
     part = "unit" if judged.is_replicated else "part"
     run.figure("confusion", figures.confusion(judged.predictions))
     run.figure("roc", figures.roc(judged.predictions, control=control))
+    run.table("breakdown", breakdown(judged.predictions))
+    run.figure("precision_recall", figures.precision_recall(judged.predictions, control=control))
     run.figure("reliability", figures.reliability(judged.predictions))
     by_unit = judged.by_unit[["macro_f1"]].set_axis([judged.model], axis=1)
     chance = 1.0 / judged.predictions["truth"].nunique()
@@ -191,12 +194,16 @@ def _log_origin(
 
 
 # -- leaderboard --------------------------------------------------------------------------------
-def leaderboard(workspace: str) -> str:
+def leaderboard(workspace: str, *, controls: str = "") -> str:
     """Compare the latest fit of every model on the same split; return the board's path (JSON).
 
     The bar and the leader also meet shuffled labels, where there are units enough to shuffle in.
+    `controls`: "all" shuffles for every model, and adds to the bar's and the leader's what is left
+    with parts of the genes, depth alone and batches.
     """
     space = Workspace.open(workspace)
+    if controls not in ("", "all"):
+        raise Refusal("controls are those of the bar and the leader, or all", controls, "say all")
     import pandas as pd
 
     from endoprint import runs, tracking
@@ -212,12 +219,17 @@ def leaderboard(workspace: str) -> str:
         )
     bar = BAR if BAR in latest.index else str(latest.index[0])
     leader = str(latest["macro_f1"].astype(float).idxmax())
-    controls: list[str] = []
-    for model in dict.fromkeys((bar, leader)):
-        control = _shuffled(space, model, str(latest.loc[model, "run_id"]), cells, split)
+    asked = list(latest.index) if controls else [bar, leader]
+    said: list[str] = []
+    for model in dict.fromkeys(map(str, asked)):
+        run_id = str(latest.loc[model, "run_id"])
+        control = shuffled(space, model, run_id, cells, split)
         if control.get("is_informative"):
             latest.loc[model, "shuffled_macro_f1"] = control["macro_f1"]
-        controls.append(str(control["said"]))
+            latest.loc[model, "against_shuffled"] = _against(space, run_id, control)
+        said.append(str(control["said"]))
+        if controls and model in (bar, leader):
+            said += [str(one["said"]) for one in blinded(space, model, run_id, cells, split)]
     by_unit = {
         model: runs.read_record(space, str(row["run_id"]), "by_unit")
         for model, row in latest.iterrows()
@@ -232,7 +244,7 @@ def leaderboard(workspace: str) -> str:
         bar=bar,
         n_exposures=len(audit["exposures"]),
         labels={str(m): str(b) for m, b in latest["base_model"].dropna().items()},
-        flags=(*split.notes, *_tuned(latest), *controls),
+        flags=(*split.notes, *_tuned(latest), *_borrowed(latest), *dict.fromkeys(said)),
         scheme=split.scheme,
     )
     path = write_json(space.local / "leaderboard.json", board.to_json())
@@ -244,7 +256,11 @@ def leaderboard(workspace: str) -> str:
     vehicle = str(cells.uns["endoprint"]["control"])
     page.write_text(
         leaderboard_page(
-            board, predictions=predictions, control=vehicle, provenance={"split": split.hash}
+            board,
+            predictions=predictions,
+            control=vehicle,
+            provenance={"split": split.hash},
+            vectors=_vectors(cells, predictions[leader]),
         )
     )
     with tracking.run(space, name="leaderboard", kind="leaderboard") as run:
@@ -266,46 +282,35 @@ def _tuned(latest: pd.DataFrame) -> list[str]:
     ]
 
 
-def _shuffled(
-    space: Workspace, model: str, run_id: str, cells: AnnData, split: Split
-) -> dict[str, Any]:
-    """Return what a model came to on shuffled labels, made once per run.
+def _against(space: Workspace, run_id: str, control: dict[str, Any]) -> str:
+    """Say whether a model is better than its own shuffled-label control, unit by unit."""
+    import pandas as pd
 
-    A model dearer than the bar is not refitted where the shuffle could not tell anything; nor is
-    the bar where a permutation can hardly be other than the truth or its mirror image.
-    """
-    from endoprint import negatives, runs, tracking
-    from endoprint.model import model_class
-    from endoprint.paired import FEWEST_FOR_INTERVAL
+    from endoprint import runs
+    from endoprint.paired import compare_units
 
-    done = runs.finished(space, "control", {"control_of": run_id})
-    if done:
-        found: dict[str, Any] = runs.read_record(space, done[0], "control")
-        return found
-    n_units = 0 if split.is_technical else len(split.development)
-    if n_units < (FEWEST_TO_SHUFFLE if model == BAR else FEWEST_FOR_INTERVAL):
-        why = f"under {FEWEST_FOR_INTERVAL} units" if n_units else "no independent units"
-        said = f"{model}, shuffled labels: not informative ({why}), so not run"
-        return {"said": said, "is_informative": False}
-    config = model_class(model).Config.of(
-        runs.read_record(space, run_id, "config"), where=f"models.{model}"
-    )
-    seed = space.params.seed
-    cls = model_class(model)
-    build = partial(cls, config, seed=seed, resources=resources(space, cls))
-    with (
-        progress.task(f"shuffled labels, {model}"),
-        tracking.run(
-            space, name=f"{model} on shuffled labels", kind="control", model=model,
-            parent=run_id, tags={"control_of": run_id, "split_hash": split.hash},
-        ) as run,
-    ):  # fmt: skip
-        control = negatives.shuffled_control(build, cells, split, seed=seed)
-        told = {
-            "said": f"{model}, {control.sentence()}",
-            "macro_f1": control.macro_f1,
-            "is_informative": control.is_informative,
-        }
-        run.metrics({"macro_f1": control.macro_f1, "chance_macro_f1": control.chance})
-        run.record("control", told)
-    return told
+    if "by_unit" not in control:  # a control kept before units were
+        return ""
+    own = pd.Series(runs.read_record(space, run_id, "by_unit"), dtype=float)
+    return compare_units(own, pd.Series(control["by_unit"], dtype=float)).verdict
+
+
+def _borrowed(latest: pd.DataFrame) -> list[str]:
+    """Say where a model knew genes that were found in an atlas like the one it is judged on."""
+    if "signature" not in latest.index:
+        return []
+    return [
+        "signature: its published panels come from the neural-organoid atlas (NOHA). On cells of "
+        "that atlas, or simulated after it, it has seen what it is judged on."
+    ]
+
+
+def _vectors(cells: AnnData, predictions: pd.DataFrame) -> pd.DataFrame:
+    """Return judged cells in the latent, for a picture alone: fitted on the very cells shown."""
+    import pandas as pd
+
+    from endoprint.latent import Latent
+
+    shown = cells[cells.obs_names.isin(predictions.index)]
+    place = Latent.fit(shown, width=MAPPED_AXES).transform(shown)
+    return pd.DataFrame(place, index=shown.obs_names)

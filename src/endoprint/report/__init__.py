@@ -6,6 +6,7 @@ figures, HTML, markdown and terminal text come out.
 
 from endoprint.report.board import Board, design_notes, sentence, verdict
 from endoprint.report.card import model_card, origins
+from endoprint.report.curves import lay_out, map_of_calls, precision_recall
 from endoprint.report.described import described
 from endoprint.report.figures import (
     call_shares,
@@ -29,13 +30,16 @@ __all__ = [
     "cost_quality",
     "described",
     "design_notes",
+    "lay_out",
     "leaderboard",
     "leaderboard_page",
+    "map_of_calls",
     "model_card",
     "origins",
     "pareto",
     "per_unit",
     "png",
+    "precision_recall",
     "reliability",
     "roc",
     "scores_page",

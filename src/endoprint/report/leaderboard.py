@@ -15,8 +15,9 @@ from rich.constrain import Constrain
 from rich.table import Table
 from rich.text import Text
 
+from endoprint.breakdown import breakdown
 from endoprint.paired import FEWEST_FOR_INTERVAL
-from endoprint.report import figures, page
+from endoprint.report import curves, figures, page
 from endoprint.report.board import Board, counted, plain, sentence, verdict
 from endoprint.report.page import WORDS, Note
 
@@ -174,11 +175,13 @@ def leaderboard_page(
     predictions: Mapping[str, pd.DataFrame] | None = None,
     control: str | None = None,
     provenance: Mapping[str, Any] | None = None,
+    vectors: pd.DataFrame | None = None,
 ) -> str:
     """Return the leaderboard as one self-contained HTML page.
 
     `predictions`: model -> cross-fitted predictions (index cell id; `unit`, `truth`,
     `p_<exposure>`); the leader's and the bar's are drawn. `provenance`: what the figures rest on.
+    `vectors`: index cell id, where cells lie in a latent; the leader's calls are mapped on them.
     """
     blocks = [
         page.notes(verdict(board)),
@@ -192,6 +195,9 @@ def leaderboard_page(
     for model in dict.fromkeys([board.leader, board.bar]):
         if model in drawn and len(drawn[model]):
             blocks += _model_figures(board, model, drawn[model], control)
+            if vectors is not None and model == board.leader:
+                blocks.append(_map(model, drawn[model], vectors, control))
+            blocks.append(_breakdown_table(drawn[model]))
     f1 = _f1_table(board)
     if f1 is not None:
         blocks += [page.heading("F1 of every exposure"), page.table(f1, left=("exposure",))]
@@ -281,9 +287,34 @@ def _model_figures(
             alt=f"ROC curves of {model}, every exposure against the rest",
         ),
         page.picture(
+            curves.precision_recall(predictions, control=control),
+            alt=f"precision against recall of {model}, every exposure against the rest",
+        ),
+        page.picture(
             figures.reliability(predictions), alt=f"confidence against correctness of {model}"
         ),
     ]
+
+
+def _map(model: str, predictions: pd.DataFrame, vectors: pd.DataFrame, control: str | None) -> str:
+    return page.picture(
+        curves.map_of_calls(predictions, curves.lay_out(vectors), control=control),
+        alt=f"map of cells by what {model} called them",
+        caption="t-SNE (scikit-learn) of the first principal components. A picture: it was laid "
+        "out on the very cells shown, and no model saw it.",
+    )
+
+
+def _breakdown_table(predictions: pd.DataFrame) -> str:
+    """Return a model's figures by exposure, pathway, direction, cell type and unit, folded."""
+    table = breakdown(predictions).rename(
+        columns={"n_cells": "cells", "n_units": "units", "pr_auc": "PR-AUC", "auroc": "AUROC"}
+    )
+    table = table.rename(columns={"f1": "F1", "worst_unit": "worst unit's F1"})
+    return page.folded(
+        "By exposure, pathway, direction, cell type and unit",
+        page.table(table, left=("by", "group")),
+    )
 
 
 def _f1_table(board: Board) -> pd.DataFrame | None:
