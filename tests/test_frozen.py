@@ -168,6 +168,8 @@ def test_two_processes_may_fill_one_folder_at_once(tmp_path):
         one, other = pool.map(fill, [str(tmp_path)] * 2)
     assert one == pytest.approx(other, abs=1e-5)
     assert not list(tmp_path.rglob("*.part"))
+    fill(str(tmp_path / "alone"))
+    assert size(tmp_path) == 2 * size(tmp_path / "alone")  # nothing is kept twice
 
 
 # -- bounded ------------------------------------------------------------------------------------

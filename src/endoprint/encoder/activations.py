@@ -12,6 +12,7 @@ Shapes: n cells, N rows of all cells one after the other, D width.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -146,7 +147,9 @@ class Activations:
         cells = {key: [int(a), int(n)] for key, a, n in zip(keys, starts, n_rows)}
         told = json.dumps(cells)
         content = save({"rows": rows}, {"cells": told, "crc32": _checksum(told, rows)})
-        path = self.folder / kind / f"{keys[0]}-{os.getpid()}-{len(self._in_use)}{SUFFIX}"
+        # named by its cells: processes that compute the same replace each other's file
+        name = hashlib.blake2b("".join(keys).encode(), digest_size=16).hexdigest()
+        path = self.folder / kind / f"{name}{SUFFIX}"
         part = path.with_suffix(".part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
