@@ -10,6 +10,7 @@ A finished fit is one JSON line, and a line that is there is not measured again:
     python benchmarks/levers.py --rows ROWS.jsonl                      # or one --seed at a time
     python benchmarks/levers.py --rows ROWS.jsonl --shared FOLDER      # Kang as well
     python benchmarks/levers.py --rows ROWS.jsonl --table
+    python benchmarks/levers.py --steps    # cost of one training cell, 4 x 128, under a minute
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import tasks
 from sklearn.metrics import f1_score
@@ -30,6 +32,12 @@ from threadpoolctl import threadpool_limits
 
 from endoprint import cells, tokens
 from endoprint.design import DesignConfig, make_split
+from endoprint.encoder import backbone
+from endoprint.encoder.activations import Activations
+from endoprint.encoder.frozen import states_of
+from endoprint.encoder.loop import Lesson, Loop
+from endoprint.encoder.lora import adapt
+from endoprint.encoder.network import Network, as_it_is
 from endoprint.encoder.pretrain import PretrainConfig, pretrain
 from endoprint.model import ExposureModel, Resources
 from endoprint.models.geneformer import Geneformer, GeneformerConfig
@@ -221,6 +229,55 @@ def table(rows: Path) -> str:
     return "\n".join(lines)
 
 
+def steps() -> None:
+    """Print the cost of one training cell under each lever, 4 x 128 at 256 tokens, as markdown."""
+    rng = np.random.default_rng(0)
+    n_cells, n_tokens, n_genes, n_steps = 12, 256, 2000, 4
+    values = np.concatenate([4 + rng.permutation(n_genes)[:n_tokens] for _ in range(n_cells)])
+    offsets = np.arange(n_cells + 1) * n_tokens
+    ids = pd.Index([f"c{i}" for i in range(n_cells)])
+    found = tokens.Tokens(values.astype(np.int32), offsets, ids, pd.DataFrame(), "")
+    truth = np.arange(n_cells) % 3
+    print("| lever | CPU ms per training cell |\n|---|---|", flush=True)
+    whole = {"block": 0, "block_share": 1.0, "has_votes": False, "minibatch_cells": n_cells}
+    for name, change, is_kept in (
+        ("everything learns", {}, False),
+        ("gradient checkpointing", {"gradient_checkpointing": True}, False),
+        ("3 of 4 layers frozen", {"frozen_layers": 3}, False),
+        ("the same, kept (fp32)", {"frozen_layers": 3}, True),
+        ("the same, kept (fp16)", {"frozen_layers": 3, "cache_precision": "fp16"}, True),
+        ("LoRA, rank 8, attention", {"lora_rank": 8}, False),
+        ("LoRA, rank 8, all matrices", {"lora_rank": 8, "lora_matrices": "all"}, False),
+        ("LoRA above 3 frozen layers, kept", {"frozen_layers": 3, "lora_rank": 8}, True),
+    ):
+        recipe = GeneformerConfig(**{**whole, **change}, epochs=1, min_steps=0)
+        shape = backbone.shape_of(
+            layers=4, hidden=128, heads=2, ffn=256, vocabulary_size=n_genes + 4, max_length=256
+        )
+        model = backbone.build(shape, seed=0, dropout=0.0)
+        network = Network(model.bert, 3, has_votes=False)
+        network.freeze(recipe.frozen_layers)
+        network.recomputes = recipe.gradient_checkpointing
+        if recipe.lora_rank:
+            matrices = recipe.lora_matrices
+            adapt(network, rank=recipe.lora_rank, alpha=16.0, matrices=matrices, seed=0)
+        layout = recipe.layout(has_specials=False)
+        with tempfile.TemporaryDirectory() as place, threadpool_limits(1):
+            put = as_it_is
+            if is_kept:
+                store = Activations(Path(place), gib=1.0, precision=recipe.cache_precision)
+                put = states_of(network, found, layout, store, minibatch_tokens=65_536).put
+            lesson, nobody = Lesson(found, truth, put), Lesson(found, truth[:0])
+            loop = Loop(network, lesson, nobody, recipe, layout, seed=0)
+            network.train()
+            took = []
+            for _ in range(n_steps):
+                began = time.process_time()
+                loop._step(np.arange(n_cells), rng)
+                took.append((time.process_time() - began) * 1000 / n_cells)
+        print(f"| {name} | {np.median(took[1:]):.1f} |", flush=True)
+
+
 def main() -> None:
     """Measure, or print what was measured."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
@@ -228,7 +285,11 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, help="folder with data/real/ of Kang's cells")
     parser.add_argument("--seed", type=int, help="one seed only; several may run side by side")
     parser.add_argument("--table", action="store_true", help="print, measure nothing")
+    parser.add_argument("--steps", action="store_true", help="the cost of a training cell alone")
     asked = parser.parse_args()
+    if asked.steps:
+        steps()
+        return
     if not asked.table:
         seeds = list(range(SEEDS)) if asked.seed is None else [asked.seed]
         measured(asked.rows, seeds, asked.shared)
