@@ -56,8 +56,8 @@ def _by_label(
 ) -> pd.DataFrame:
     """Judge answers after exposures were lumped together by name."""
     names = [name(str(column)) for column in probabilities.columns]
-    if by != "exposure" and len(set(names)) == len(names):
-        return pd.DataFrame(columns=COLUMNS)  # nothing was lumped: the exposures said it already
+    if by != "exposure" and names == [str(column) for column in probabilities.columns]:
+        return pd.DataFrame(columns=COLUMNS)  # no label names one: the exposures said it already
     lumped = probabilities.T.groupby(np.array(names)).sum().T
     true = truth.map(name)
     calls = metrics.call(lumped)
