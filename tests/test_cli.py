@@ -22,8 +22,8 @@ from lab import moved_copy
 
 COMMANDS = [
     "demo", "init", "run", "simulate", "check", "audit", "curate", "split", "tokenize", "embed",
-    "pretrain", "search", "train", "models", "leaderboard", "promote", "score", "ui", "gc", "registry",
-    "up", "status", "recover", "pull", "score-inbox", "evaluate-scores",
+    "pretrain", "search", "train", "models", "leaderboard", "promote", "score", "ui", "gc",
+    "up", "status", "recover", "pull", "score-inbox", "evaluate-scores", "registry",
 ]  # fmt: skip
 SIMULATED = ("--cells", "200", "--genes", "120", "--seed", "3")
 

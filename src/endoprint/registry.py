@@ -352,6 +352,8 @@ def told_aliases(workspace: Workspace) -> dict[str, str | None]:
     flips = [line for line in lines if line["what"] == "done"]
     replaced = [line["from"] for line in flips if line["from"] is not None]
     named = [line["version"] for line in lines if line["what"] == "candidate"]
+    # older histories told of the candidate by registering it
+    named = named or [line["version"] for line in lines if line["what"] == "register"]
     return {
         CHAMPION: flips[-1]["to"] if flips else None,
         PREVIOUS: replaced[-1] if replaced else None,
