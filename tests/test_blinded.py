@@ -10,6 +10,7 @@ import pytest
 from conftest import planted_cells
 from endoprint import jobs, runs
 from endoprint.config import Refusal
+from endoprint.design import Split
 from endoprint.workspace import Workspace
 from lab import furnish
 
@@ -52,3 +53,20 @@ def test_strangers_are_shown_to_a_fitted_model_only(fitted):
     assert all(row["novelty_auroc"] > 0.5 for row in found)
     with pytest.raises(Refusal, match="train neighbours"):
         jobs.strangers(root, model="neighbours")
+
+
+def test_whole_lines_are_held_out_of_development_units_and_never_of_test_units(fitted):
+    root = str(fitted.root)
+    board = json.loads(Path(jobs.leaderboard_by(root, by="line")).read_text())
+    assert board["scheme"] == "line"
+    assert {*board["models"][0]["by_unit"]} == {"L0", "L1"}
+    assert any("2" in note["text"] and "line" in note["text"] for note in board["verdict"])
+    kept = runs.finished(fitted, "control", {})
+    judged = runs.read_table(fitted, kept[0], "predictions")
+    assert not set(judged["unit"]) & set(Split.read(fitted.split).test)
+    jobs.leaderboard_by(root, by="line")
+    assert runs.finished(fitted, "control", {}) == kept  # nothing is fitted twice
+    with pytest.raises(Refusal, match="batch"):  # one batch holds all cells
+        jobs.leaderboard_by(root, by="batch")
+    with pytest.raises(Refusal, match="lines or batches"):
+        jobs.leaderboard_by(root, by="plate")

@@ -98,15 +98,21 @@ def leaderboard(
     controls: Annotated[
         str, typer.Option(help="all: negative controls of every model, not the first two's alone")
     ] = "",
+    by: Annotated[
+        str, typer.Option(help="line or batch: refit the field with whole ones held out")
+    ] = "",
     workspace: Folder = Path(),
     as_json: Json = False,
 ) -> None:
     """Compare the latest fit of every model on the same held-out development units."""
-    path = Path(jobs.leaderboard(str(workspace), controls=controls))
+    if by:
+        path = Path(jobs.leaderboard_by(str(workspace), by=by))
+    else:
+        path = Path(jobs.leaderboard(str(workspace), controls=controls))
     if as_json:
         typer.echo(path.read_text())
     else:
-        show(jobs.leaderboard_screen(str(workspace)))
+        show(jobs.leaderboard_screen(str(workspace), by=by))
 
 
 @app.command()

@@ -29,6 +29,7 @@ from endoprint.jobs.deciding import (
     rollback,
     waits_for_approval,
 )
+from endoprint.jobs.elsewhere import leaderboard_by
 from endoprint.jobs.embedding import embed
 from endoprint.jobs.fitting import figures_of, leaderboard, train
 from endoprint.jobs.inbox import score_inbox
@@ -72,6 +73,7 @@ __all__ = [
     "init",
     "last_screen",
     "leaderboard",
+    "leaderboard_by",
     "leaderboard_screen",
     "lineage",
     "model_names",

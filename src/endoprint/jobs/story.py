@@ -129,11 +129,12 @@ def tell(
     )
 
 
-def leaderboard_screen(workspace: str) -> RenderableType:
-    """Draw the leaderboard for the terminal."""
+def leaderboard_screen(workspace: str, *, by: str = "") -> RenderableType:
+    """Draw the leaderboard for the terminal; `by`: that of whole lines or batches."""
     from endoprint.report import Board, leaderboard
 
-    board = json.loads((Workspace.at(workspace).local / "leaderboard.json").read_text())
+    name = f"leaderboard-{by}.json" if by else "leaderboard.json"
+    board = json.loads((Workspace.at(workspace).local / name).read_text())
     return leaderboard(Board.of(board))
 
 
