@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from children import environment
 from conftest import TINY, a_workspace
 from endoprint import jobs, runs
+from endoprint.config import Refusal
 from endoprint.encoder.minibatches import Layout, assemble
 from endoprint.encoder.team import Team, here
 from endoprint.workspace import Workspace
@@ -64,6 +65,19 @@ def test_alone_a_process_is_a_team_of_one():
     tensor = torch.ones(2)
     team.add_up([tensor])
     assert tensor.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("is_found", [True, False])
+def test_processes_that_do_not_see_the_same_checkpoint_are_refused(is_found):
+    class Apart(Team):
+        """Two processes, of which the other finds nothing, or something."""
+
+        def add_up(self, tensors):
+            tensors[0] += 0.0 if is_found else 1.0
+
+    with pytest.raises(Refusal, match="1 of 2 find the checkpoint"):
+        Apart(0, 2).refuse_unless_alike(is_found)
+    Team().refuse_unless_alike(is_found)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
