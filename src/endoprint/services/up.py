@@ -203,7 +203,7 @@ class Up:
         has_come = bool(set(now) - set(self._inbox))
         if now and now == self._seen and has_come:
             if Prefect(self.plan.prefect_url).begin(SCORING):
-                self.say(f"{INBOX}/ has new files; they are scored")
+                self.say(f"{INBOX}/ has files; what is new among them is scored")
             self._inbox = now
         elif not has_come:
             self._inbox = now
