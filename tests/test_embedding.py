@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -238,6 +240,40 @@ def test_what_can_not_be_written_is_refused_and_leaves_nothing(cells, file, mode
     assert "\n" not in str(refused.value)
     assert sorted(tmp_path.iterdir()) == before
     assert not path.is_file() or path.read_bytes() == stored
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["csr", "dense"])
+def test_memory_does_not_grow_with_the_number_of_cells(model, tmp_path, form):
+    script = (
+        "import sys; from pathlib import Path;"
+        "from endoprint.encoder.embedding import Embedder, embed_file;"
+        "from endoprint.vocabulary import Vocabulary;"
+        "source, out, model = map(Path, sys.argv[1:]);"
+        "embed_file(source, out, Embedder(model, Vocabulary.read(model / 'vocabulary.json')));"
+        "print(open('/proc/self/status').read().partition('VmHWM:')[2].split()[0])"
+    )
+    genes = [*vocabulary_of(model).genes, *(f"ENSG8{i:010d}" for i in range(3000))]
+    counts = np.random.default_rng(0).poisson(0.6, (3000, len(genes))).astype(np.float32)
+    peaks = []
+    for times in (1, 5):
+        some = np.tile(counts, (times, 1))
+        made = ad.AnnData(
+            sparse.csr_matrix(some) if form == "csr" else some,
+            obs=pd.DataFrame(index=[f"c{i}" for i in range(len(some))]),
+            var=pd.DataFrame(index=genes),
+        )
+        path = tmp_path / f"{times}.h5ad"
+        made.write_h5ad(path)
+        done = subprocess.run(
+            [sys.executable, "-c", script, path, tmp_path / "out.parquet", model],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        peaks.append(int(done.stdout) / 1024)
+    # 12,000 more cells are 130 MB of counts, or 146 with their zeros
+    assert peaks[1] - peaks[0] < 40
 
 
 def test_an_embedding_that_dies_half_way_leaves_the_old_file(file, model, tmp_path, monkeypatch):
