@@ -10,6 +10,7 @@ the tables. Every row is used by its defaults, one thread, one seed. Kinds:
   unseen units judge, true labels against permuted ones.
 - `real`: interferon by donor, dexamethasone (0, 1, 3 h) by plate; ENDOPRINT_SHARED has the files.
 - `calibration`: all six folds of `fold`'s middle difficulty.
+- `edc`: weights of unknown mixtures against the truth, 100 cells a sample, two new units.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from anndata import AnnData
 from tasks import EXAMPLES, REAL, SIMULATED_CELLS
 
 from endoprint import cells as door
-from endoprint import controls, judge, metrics, negatives
+from endoprint import controls, judge, metrics, negatives, projection
 from endoprint.config import read_params
 from endoprint.design import DesignConfig, Split, make_split
 from endoprint.model import TABLE, ExposureModel, model_class
@@ -69,7 +70,8 @@ def main() -> None:
             "load": os.getloadavg()[0],
         }  # fmt: skip
         path.write_text(json.dumps(found, indent=1) + "\n")
-        print(f"{name}: macro-F1 {found['macro_f1']:.3f} in {found['wall_seconds']:.0f} s")
+        figure = "mean_absolute_error" if kind == "edc" else "macro_f1"
+        print(f"{name}: {figure} {found[figure]:.3f} in {found['wall_seconds']:.0f} s")
         sys.stdout.flush()
 
 
@@ -81,6 +83,7 @@ def wanted() -> list[tuple[str, str, str]]:
         *(("shuffled", "easy", row) for row in rows),
         *(("real", task, row) for task in REAL for row in rows),
         *(("calibration", "middle", row) for row in rows),
+        *(("edc", task, "projection") for task in DIFFICULTIES),
     ]
 
 
@@ -143,7 +146,40 @@ def real(task: str, row: str) -> dict[str, Any]:
     return figures(judge.cross_fit(lambda: build(row), cells, split, seed=params.seed))
 
 
-MEASURES = {"fold": fold, "shuffled": shuffled, "real": real, "calibration": calibration}
+def edc(difficulty: str, row: str) -> dict[str, Any]:
+    """Judge the projection on the mixtures that the simulator drew."""
+    config = SimulateConfig(difficulty=difficulty, pool_cells=0, new_cells=4800)  # type: ignore[arg-type]
+    drawn = simulate(config, SEED)
+    labelled, _ = door.curate(drawn.cells, SIMULATED_CELLS)
+    new, _ = door.curate(drawn.new, SIMULATED_CELLS, labelled=False)
+    truth = drawn.truth
+    is_control = new.obs["sample"].map(truth["exposure"]).eq("DMSO").to_numpy()
+    made = projection.projected(labelled, new, control="DMSO", is_control=is_control)
+    weights = truth.filter(regex="^w_").rename(columns=lambda name: name.removeprefix("w_"))
+    wanted = pd.DataFrame({g: weights[g.split(" + ")].sum(axis=1) for g in made.weights})
+    mixed = truth.index[truth["unmodelled_share"] > 0].intersection(made.weights.index)
+    found, wanted = made.weights.loc[mixed], wanted.loc[mixed]
+    error, is_present = (found - wanted).abs().to_numpy(), (wanted > 0).to_numpy()
+    inside = (made.low.loc[mixed] <= wanted) & (wanted <= made.high.loc[mixed])
+    return {
+        "mean_absolute_error": float(error.mean()),
+        "of_present": float(error[is_present].mean()),
+        "of_saying_nothing": float(wanted.to_numpy().mean()),
+        "residual_share": float(made.samples.loc[mixed, "residual_share"].mean()),
+        "null_largest": float("nan") if made.null is None else float(made.null.max()),
+        "covered": float(inside.to_numpy().mean()),
+        "n_groups": found.shape[1],
+        "n_samples": len(mixed),
+    }
+
+
+MEASURES = {
+    "fold": fold,
+    "shuffled": shuffled,
+    "real": real,
+    "calibration": calibration,
+    "edc": edc,
+}
 
 
 def figures(found: judge.Judgement) -> dict[str, Any]:
@@ -174,6 +210,7 @@ def tell(folder: Path) -> None:
     _tell_shuffled(found)
     _tell_real(found)
     _tell_calibration(found)
+    _tell_edc(found)
 
 
 Found = dict[tuple[str, str, str], dict[str, Any]]
@@ -239,6 +276,15 @@ def _tell_calibration(found: Found) -> None:
         if kind == "calibration":
             _print([row, str(len(one["by_unit"])), f"{one['macro_f1']:.3f}", f"{one['ece']:.3f}",
                     f"{one['ece_noise_floor']:.3f}"])  # fmt: skip
+
+
+def _tell_edc(found: Found) -> None:
+    names = ("mean_absolute_error", "of_present", "of_saying_nothing", "residual_share",
+             "null_largest", "covered")  # fmt: skip
+    _print(["row", *(name.replace("_", " ") for name in names)], space=True)
+    for (kind, task, _), one in found.items():
+        if kind == "edc":
+            _print([task, *(f"{one[name]:.3f}" for name in names)])
 
 
 def _print(told: list[str], *, space: bool = False) -> None:
