@@ -471,7 +471,9 @@ def test_a_backbone_that_has_seen_a_judged_unit_is_refused(pooled):
 def test_a_backbone_is_registered_with_its_vocabulary_and_units_and_listed(pooled, monkeypatch):
     assert jobs.backbones(str(pooled.root)) == []
     monkeypatch.chdir(pooled.root)
-    first = jobs.pretrain(".")
+    done = CliRunner().invoke(app, ["pretrain", "--json"])
+    assert done.exit_code == 0, done.output
+    first = json.loads(done.stdout)["run_id"]
     assert jobs.pretrain(".") == first, "once is enough"
     jobs.pretrain(".", start=NAME)
     newest, oldest = jobs.backbones(".")

@@ -35,7 +35,7 @@ def kill_while_it_learns(space: Workspace, *words: str, seed: int) -> None:
     epochs, kept = int(rng.integers(3, 12)), set()
     child = subprocess.Popen(
         [sys.executable, "-c", MAIN, *words], cwd=space.root, env=environment(),
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     until = time.monotonic() + 120
     while len(kept) < epochs and child.poll() is None and time.monotonic() < until:
@@ -47,7 +47,8 @@ def kill_while_it_learns(space: Workspace, *words: str, seed: int) -> None:
         time.sleep(0.002)
     time.sleep(float(rng.uniform(0.0, 0.1)))
     child.send_signal(signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL
+    _, said = child.communicate()
+    assert child.returncode == -signal.SIGKILL, f"it ended before it was killed: {said[-2000:]}"
     assert len(kept) >= epochs
 
 

@@ -21,7 +21,7 @@ def pretrain(
     as_json: Json = False,
 ) -> None:
     """Pre-train a small Geneformer by masked learning on the pool of unlabelled cells."""
-    here = str(Path(start).resolve()) if Path(start).is_dir() else start
+    here = str(Path(start).resolve()) if start and Path(start).is_dir() else start
     run = jobs.pretrain(str(workspace), start=here)
     if not run:  # one of a team's processes, whose lead says what there is to say
         return
