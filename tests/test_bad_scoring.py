@@ -306,6 +306,7 @@ def test_a_bad_cell_is_set_aside_with_a_reason_and_the_others_are_scored(
     assert list(rows["cell_id"]) == list(raw_cells().obs_names)
     assert rows["quarantine"].to_list() == ["", "", "", "", reason, *[""] * 31]
     assert rows["abstain"][4]
+    assert pd.isna(rows["call"][4])
     assert summary.quarantined == {reason: 1}
     others = rows.drop(index=4)
     assert others["call"].notna().all()

@@ -142,6 +142,15 @@ def test_bad_cells_are_set_aside_counted_and_said(lab: Path) -> None:
     assert "negative counts" in (lab / "out/report.html").read_text()
 
 
+def test_a_file_of_which_no_cell_can_be_judged_has_a_report_all_the_same(lab: Path) -> None:
+    new_cells(lab / "new.h5ad")
+    (lab / "params.yaml").write_text(PARAMS.replace("{exposure", "{min_genes: 500, exposure"))
+    summary = scored(lab)
+    assert summary.quarantined == {"fewer than 500 genes": 48}
+    assert json.loads((lab / "out/samples.json").read_text()) == {}
+    assert "48 cells without a call: fewer than 500 genes" in (lab / "out/report.html").read_text()
+
+
 # -- populations --------------------------------------------------------------------------------
 def test_populations_of_any_column_are_called_with_what_their_units_allow(lab: Path) -> None:
     cells = new_cells(lab / "new.h5ad", n_units=3, seed=0)

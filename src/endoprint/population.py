@@ -124,6 +124,8 @@ class Pools:
             if told:
                 rows[name] = self._row(name, at, told, control)
         table = pd.DataFrame.from_dict(rows, orient="index")
+        if not rows:  # every cell was set aside: nobody is called, and the report says so
+            table = pd.DataFrame(columns=["unit", "n_cells", "call", "confidence", "sentence"])
         table.index.name = by
         return table
 

@@ -101,7 +101,8 @@ class Desk:
         with inputs.naming(Path(of.path)):
             table = rows(model, readings.of(shard).part(shard.start, shard.stop), same)
         beside = self.folder / f".{shard.name}.{os.getpid()}.part"
-        pq.write_table(table, beside, compression="zstd", write_page_checksum=True)
+        # not compressed: it is read once more and goes; the checksums are for disks that err
+        pq.write_table(table, beside, compression="none", write_page_checksum=True)
         os.replace(beside, self.folder / shard.name)
         readings.made.append(shard)
         self.n_computed += 1

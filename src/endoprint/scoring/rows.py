@@ -22,9 +22,10 @@ Array = np.ndarray[Any, np.dtype[Any]]
 def rows(model: ExposureModel, cells: AnnData, same: Mapping[str, str]) -> pa.Table:
     """Return one row per cell, (n, ...), in their order; `same`: columns of one value for all."""
     in_model, total, reason = _known(model, cells)
-    probabilities, novelty = _asked(model, cells, in_model > 0)
+    is_fine = reason == ""  # what can not be trusted is not asked about
+    probabilities, novelty = _asked(model, cells, is_fine)
     is_answered: Array = np.asarray(np.isfinite(probabilities).all(axis=1))
-    reason[(in_model > 0) & ~is_answered & (reason == "")] = NO_ANSWER
+    reason[is_fine & ~is_answered] = NO_ANSWER
     probabilities[~is_answered] = np.nan
     first, second, confidence, second_confidence = _best_two(probabilities)
     is_novel = novelty > model.novelty_threshold  # false where novelty is unknown
