@@ -121,8 +121,8 @@ def compare(known: Mapping[str, Any], scores: pd.DataFrame) -> pd.DataFrame:
 def sentences(table: pd.DataFrame) -> list[str]:
     """Say in plain words which quantities lie farther off than any unit of the reference did."""
     return [
-        f"{QUANTITIES[str(name)].capitalize()} differ from the reference more than any of its units "
-        f"does: median {row['median']:.3g} against {row['usual_median']:.3g} "
+        f"{QUANTITIES[str(name)].capitalize()} differ from the reference more than any of its "
+        f"units does: median {row['median']:.3g} against {row['usual_median']:.3g} "
         f"(KS {row['ks']:.2f}, usual up to {row['usual_ks']:.2f}; "
         f"PSI {row['psi']:.2f}, up to {row['usual_psi']:.2f})"
         for name, row in table.iterrows()
