@@ -70,7 +70,7 @@ class Recipe(Config):
     cache_gib: Annotated[float, Field(ge=0)] = (
         4.0  # of all fits together, least recently used first to go; 0: not kept
     )
-    cache_precision: CachePrecision = "fp32"  # fp16: half the room, answers differ by some 1e-3
+    cache_precision: CachePrecision = "fp32"  # fp16: half the room, and answers not quite equal
     # of training steps; auto: what a few timed steps say pays on this machine (encoder/machine.py)
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # answers: bf16 on a GPU, fp32 elsewhere
     compile: Literal["auto", "off", "on"] = "auto"  # auto: timed on a GPU, off on a processor
