@@ -18,7 +18,8 @@ of cell types (`provenance["reference"]` says what the reference is made of).
 
 Distances in the latent follow whatever varies most between cells, which is seldom the exposure, so
 costs are taken along the axes that tell exposures apart (`latent.telling_axes`); along all axes of
-the latent alike macro-F1 was .25 on a simulated atlas of 15 exposures. See docs/field.md.
+the latent alike macro-F1 was .25 on a simulated atlas of 15 exposures. Potentials gain nothing
+there: .61 with, .64 without (3,000 cells, easy, one unseen unit; docs/field.md).
 
 n cells, R reference cells, E exposures, D latent width. Costs are squared Euclidean distances in
 the latent; epsilon and the relaxation are shares of the mean cost between reference cells.
@@ -319,14 +320,14 @@ def regularised_cost(
 
 
 def _levelled(log_weight: Array, exposure: Array) -> Array:
-    """Give every exposure the same mass in all, (R,).
+    """Give every exposure's reference cells the same median, (R,).
 
-    Where exposures lie far apart, nothing else holds their potentials against each other.
+    Where exposures lie far apart nothing else holds their potentials against each other. The
+    median, not the sum: a few cells that nothing is carried to have enormous potentials.
     """
     levelled = log_weight.copy()
     for e in sorted(set(exposure)):
-        own = exposure == e
-        levelled[own] -= logsumexp(log_weight[own])
+        levelled[exposure == e] -= np.median(log_weight[exposure == e])
     return levelled
 
 
