@@ -68,10 +68,10 @@ def test_a_version_that_comes_out_otherwise_is_said_to(
 ) -> None:
     write = reproducing._write_values
     monkeypatch.setattr(
-        reproducing, "_write_values", lambda again, model, config: write(
-            again, model, {**config, "penalty": 100.0}
-        ),
-    )  # fmt: skip
+        reproducing,
+        "_write_values",
+        lambda *told: write(*told[:-1], {**told[-1], "penalty": 100.0}),
+    )
     found = jobs.reproduce(str(space.root), version="1")
     assert not found["is_reproduced"]
     assert found["largest_difference"] > found["tolerance"]
