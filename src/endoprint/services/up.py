@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from endoprint.workspace import Workspace
 PATIENCE_SECONDS = 600.0  # for a service to answer; a busy machine is slow, not wrong
 SILENT_SECONDS = 120.0  # of a service that answered before: it hangs, and is started again
 LOOK_SECONDS, CARE_SECONDS = 0.5, 10.0  # between looks at processes, and at what they answer
+CLOSING_SECONDS = 60.0  # for the runs of what was stopped to be closed
 LONGEST_PAUSE_SECONDS = 30.0  # between two starts of a service that keeps dying
 RECOVER = [sys.executable, "-c", "from endoprint.cli import main; main()", "recover"]
 INBOX, SCORING = "inbox", "hourly-score"  # as in prefect.yaml
@@ -282,7 +283,8 @@ def running(plan: Plan, say: Say) -> Iterator[Up]:
     finally:
         for each in SIGNALS:  # a second Ctrl-C does not leave the rest running
             signal.signal(each, signal.SIG_IGN)
-        processes.stop_marked(mark)
+        if processes.stop_marked(mark) and warden is not None:
+            _close_runs(space)
         if warden is not None:
             warden.kill()
             warden.wait()
@@ -293,6 +295,15 @@ def running(plan: Plan, say: Say) -> Iterator[Up]:
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def _close_runs(space: Workspace) -> None:
+    """Mark the runs of what was just stopped KILLED, in the store itself: its server is gone."""
+    with suppress(subprocess.TimeoutExpired):  # a store that is away: the next start does it
+        subprocess.run(
+            RECOVER, cwd=space.root, env=space.environment(), capture_output=True, check=False,
+            timeout=CLOSING_SECONDS,
+        )  # fmt: skip
 
 
 def _stopped(number: int, frame: object) -> None:
