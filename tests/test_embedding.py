@@ -243,7 +243,7 @@ def test_what_can_not_be_written_is_refused_and_leaves_nothing(cells, file, mode
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["csr", "dense"])
+@pytest.mark.parametrize("form", ["csr", "csc", "dense"])
 def test_memory_does_not_grow_with_the_number_of_cells(model, tmp_path, form):
     script = (
         "import sys; from pathlib import Path;"
@@ -259,7 +259,7 @@ def test_memory_does_not_grow_with_the_number_of_cells(model, tmp_path, form):
     for times in (1, 5):
         some = np.tile(counts, (times, 1))
         made = ad.AnnData(
-            sparse.csr_matrix(some) if form == "csr" else some,
+            {"csr": sparse.csr_matrix, "csc": sparse.csc_matrix, "dense": np.asarray}[form](some),
             obs=pd.DataFrame(index=[f"c{i}" for i in range(len(some))]),
             var=pd.DataFrame(index=genes),
         )

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -28,7 +29,7 @@ import pyarrow.parquet as pq
 import torch
 from anndata.io import write_elem
 
-from endoprint import sources, tokens
+from endoprint import sources, stored, tokens
 from endoprint.config import Refusal
 from endoprint.curated import refuse_double_cells
 from endoprint.encoder import backbone, checkpoints
@@ -165,13 +166,19 @@ def embed_file(
     beside = out.with_name(f".{out.name}.{os.getpid()}.part")
     n_done = n_empty = 0
     try:
-        opened = (
+        hand = (
             _obsm(path, beside, key, len(ids), embedder)
             if out.suffix == ".h5ad"
             else _parquet(beside, embedder)
         )
-        with opened as put:
-            for block in sources.blocks(path, layer=counts, n_cells=CELLS, obs_table=""):
+        with (
+            hand as put,
+            # cells stored by gene are laid out by cell beside the output, not in memory
+            tempfile.TemporaryDirectory(dir=out.parent, prefix=".embed.") as scratch,
+            stored.opened(path, layer=counts, scratch=Path(scratch)) as found,
+        ):
+            for start in range(0, found.n_cells, CELLS):
+                block = found.part(start, min(start + CELLS, found.n_cells))
                 vectors = embedder.of(tokens.of(block, embedder.vocabulary))
                 put(n_done, block.obs_names, vectors)
                 n_done += len(vectors)
