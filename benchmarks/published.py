@@ -265,7 +265,8 @@ def table(rows: Sequence[Row]) -> str:
             ours = [row for row in of_fold if row["side"] == side] if side != PUBLISHED else bar
             if ours:
                 told = " | ".join(compared(ours, bar))
-                lines.append(f"| {task}, {fold} | {shape} | {_named(side, bar)} | {told} |")
+                where = f"{task}, {fold}".replace("|", " ")  # a unit's own name may hold one
+                lines.append(f"| {where} | {shape} | {_named(side, bar)} | {told} |")
     return "\n".join(lines)
 
 

@@ -161,6 +161,11 @@ def test_who_knows_when_to_stop_pays_until_validation_is_as_good(bench: Any) -> 
     assert bench.seconds_till_as_good({"history": history}) == 20.0
 
 
+def test_a_units_name_never_breaks_the_table(bench: Any) -> None:
+    said = bench.table([a_row("ours", 0, 0.9, 4.0, 2000) | {"fold": "CTL04E|2"}])
+    assert len({line.count("|") for line in said.splitlines()}) == 1
+
+
 @pytest.mark.parametrize(("f1", "verdict"), [(0.941, "yes"), (0.939, "no"), (0.99, "yes")])
 def test_equal_means_at_most_a_hundredth_below(bench: Any, f1: float, verdict: str) -> None:
     bar = [a_row(bench.PUBLISHED, 0, 0.95, 80.0, 4000)]
