@@ -43,7 +43,7 @@ def who(workspace: str, *, at: str = "") -> dict[str, Any]:
     space = _settled(workspace)
     from endoprint import audited
 
-    moment = at or datetime.now(UTC).isoformat(timespec="seconds")
+    moment = at or datetime.now(UTC).isoformat(timespec="milliseconds")  # as the history
     reign = audited.reign_at(space, moment)
     if reign.version is None:
         said = f"at {moment} nothing was live"
