@@ -139,6 +139,13 @@ def test_validation_cells_of_an_unknown_exposure_are_left_out(parts):
     assert model.provenance["best_epoch"] == 0  # nothing to choose by: the last epoch stays
 
 
+def test_a_model_says_how_its_steps_were_computed(parts):
+    train, valid, _ = parts
+    for precision in ("fp32", "bf16"):
+        chosen = QUICK.model_copy(update={"min_steps": 1, "epochs": 1, "precision": precision})
+        assert Geneformer(chosen).fit(train, valid).provenance["steps_in"] == precision
+
+
 def test_every_token_counts(parts):
     """A gene at the very end of a cell's ranks still moves its answer."""
     model = fit(parts)

@@ -102,6 +102,7 @@ class Loop:
         self.progress = Progress()
         self.best: dict[str, Tensor] = {}
         self._machine, self._way = machine, Way()
+        self.way = ""  # how steps are computed: fp32 or bf16, compiled or not; set by `run`
         self._pool: Callable[[Minibatch], Tensor] = network.pool
 
     def run(self, watch: Watch) -> Progress:
@@ -226,6 +227,7 @@ class Loop:
                 )
                 chosen = str(found["way"])
             chosen = self.team.told(chosen)
+        self.way = chosen
         self._way = ways[chosen]
         self._pool = self._pool_by(self._way)
 

@@ -126,7 +126,11 @@ class EncoderModel(ExposureModel):
         )
         progress = loop.run(watch)
         merge(self._network)
-        return {"epochs": progress.epoch, "best_epoch": progress.best_epoch}
+        return {
+            "epochs": progress.epoch,
+            "best_epoch": progress.best_epoch,
+            "steps_in": loop.way,  # what the machine chose, where the recipe left it open
+        }
 
     def _learn_head(self, learned: Lesson, checked: Lesson, watch: Watch) -> dict[str, Any]:
         self._network.freeze(len(self._network.stages()[1]))
