@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -158,6 +160,21 @@ def test_every_token_counts(parts):
     without.X = fewer.tocsr()
     moved = np.abs(model.evidence(without) - model.evidence(cells)).max(axis=1)
     assert (moved > 0).all()
+
+
+def test_a_cell_shorter_than_a_block_is_read_whole_beside_a_long_one(parts):
+    model = fit(parts)
+    cells = parts[2][:6].copy()
+    counts = cells.X.tolil()
+    for i in range(4):  # five genes are left of four cells, one of the first
+        counts[i, cells.X[i].indices[5 if i else 1 :]] = 0
+    cells.X = counts.tocsr()
+    cells.X.eliminate_zeros()
+    in_blocks = model.evidence(cells)
+    assert np.isfinite(in_blocks).all()
+    model._layout = replace(model._layout, block=0)
+    np.testing.assert_allclose(model.evidence(cells)[:4], in_blocks[:4], atol=1e-5)
+    np.testing.assert_allclose(model.evidence(cells[:1]), in_blocks[:1], atol=1e-5)
 
 
 def test_its_search_space_is_small_and_holds_its_defaults():
