@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -172,7 +170,7 @@ def test_a_cell_shorter_than_a_block_is_read_whole_beside_a_long_one(parts):
     cells.X.eliminate_zeros()
     in_blocks = model.evidence(cells)
     assert np.isfinite(in_blocks).all()
-    model._layout = replace(model._layout, block=0)
+    model.config = model.config.model_copy(update={"block": 0})
     np.testing.assert_allclose(model.evidence(cells)[:4], in_blocks[:4], atol=1e-5)
     np.testing.assert_allclose(model.evidence(cells[:1]), in_blocks[:1], atol=1e-5)
 
