@@ -192,6 +192,7 @@ def test_a_real_donor_never_seen_is_called_as_well_as_by_logistic_regression(sha
             "exposure": made.obs["group_id"].astype(str),
             "unit": made.obs["sample_id"].astype(str).str[-3:],
             "n_counts": np.asarray(counts.sum(axis=1)).ravel().astype(float),
+            "n_genes": np.diff(counts.indptr),
         }
     )
     genes = pd.DataFrame(index=made.var["ensembl_id"].astype(str).to_numpy())
