@@ -67,14 +67,30 @@ def test_units_as_far_apart_as_the_references_own_are_no_drift() -> None:
     assert drift.sentences(usual) == []
 
 
-def test_what_is_unknown_is_left_out_and_too_few_cells_raise_no_alarm() -> None:
+def test_what_is_unknown_is_left_out_and_few_cells_are_held_to_a_rule_of_thumb() -> None:
     rng = np.random.default_rng(3)
     cells = frame(rng, 30, 0.0)
     cells["novelty"] = np.nan
     known = drift.reference(cells, np.repeat(["a", "b"], 15))
     assert "novelty" not in known
     assert known["n_genes"]["usual_ks"] is None
-    assert not drift.compare(known, frame(rng, 30, 50.0))["has_drifted"].any()
+    far = drift.compare(known, frame(rng, 30, 50.0))  # by the rule of thumb
+    assert far["has_drifted"].all()
+    assert "rule of thumb" in drift.sentences(far)[0]
+
+
+def test_one_unit_alone_does_not_set_the_bar_at_nothing() -> None:
+    rng = np.random.default_rng(5)
+    known = drift.reference(frame(rng, 400, 0.0), np.repeat("a", 400))
+    alike = drift.compare(known, frame(rng, 400, 0.05))
+    assert (alike["psi"] > 0).all()
+    assert not alike["has_drifted"].any()
+    assert drift.sentences(alike) == []
+
+
+def test_nothing_to_compare_is_no_drift() -> None:
+    rng = np.random.default_rng(6)
+    known = drift.reference(frame(rng, 50, 0.0), np.repeat("a", 50))
     assert drift.compare(known, frame(rng, 0, 0.0)).empty
     assert drift.compare({}, frame(rng, 5, 0.0)).empty
 

@@ -99,7 +99,7 @@ def test_cells_unlike_the_training_cells_are_said_to_have_drifted(lab: Path) -> 
     scored(lab)
     drift = json.loads((lab / "out/drift.json").read_text())
     assert drift["n_counts"]["has_drifted"]
-    assert "Counts per cell differ from the reference" in (lab / "out/report.html").read_text()
+    assert "Drift in counts per cell" in (lab / "out/report.html").read_text()
 
 
 @pytest.mark.parametrize("where", ["before its run", "before the summary", "in the report"])

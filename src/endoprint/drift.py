@@ -1,7 +1,8 @@
 """Whether new cells look like those a model was fitted for: what they were like, and how far off.
 
-The reference is a few quantiles of each quantity, kept with the model. How far is too far is not
-a rule of thumb but what the reference's own units show: the farthest of them from all together.
+The reference is a few quantiles of each quantity, kept with the model. How far is too far is what
+the reference's own units show: the farthest of them from all together. Only where no two units can
+be held apart is it a rule of thumb.
 n cells, Q quantiles.
 """
 
@@ -25,6 +26,7 @@ QUANTITIES = {  # column of scores -> what it tells in words
 GRID = np.linspace(0.0, 1.0, 101)  # a distance between distributions is known to one in a hundred
 BINS = 10  # of the stability index, by the reference's deciles (Siddiqi 2006)
 LEAST_SHARE = 1e-4  # of cells in a bin: the index is infinite at none
+RULE_OF_THUMB = 0.25  # stability index above which a distribution counts as moved (Siddiqi 2006)
 FEWEST_CELLS = 20  # of a unit; fewer say little about how units differ (a guess)
 
 
@@ -32,7 +34,8 @@ def reference(cells: pd.DataFrame, unit: Array) -> dict[str, Any]:
     """Return what new cells will be held against, in plain values.
 
     `cells`: one row per cell, columns of QUANTITIES; `unit` (n,). A quantity nobody knows is left
-    out. Per quantity: `quantiles` (Q,), and `usual_ks`, `usual_psi`: the farthest unit's.
+    out. Per quantity: `quantiles` (Q,), and `usual_ks`, `usual_psi`: the farthest unit's; None of
+    fewer than two units, for one alone lies at no distance from itself.
     """
     told: dict[str, Any] = {}
     for name in QUANTITIES:
@@ -48,10 +51,11 @@ def reference(cells: pd.DataFrame, unit: Array) -> dict[str, Any]:
             for each in sorted(set(of))
             if (of == each).sum() >= FEWEST_CELLS
         ]
+        is_told = len(apart) > 1
         told[name] = {
             "quantiles": [float(value) for value in quantiles],
-            "usual_ks": max((each[0] for each in apart), default=None),
-            "usual_psi": max((each[1] for each in apart), default=None),
+            "usual_ks": max(each[0] for each in apart) if is_told else None,
+            "usual_psi": max(each[1] for each in apart) if is_told else None,
         }
     return told
 
@@ -91,7 +95,7 @@ def compare(known: Mapping[str, Any], scores: pd.DataFrame) -> pd.DataFrame:
 
     `known`: as `reference` returned; `scores`: columns of QUANTITIES, NaN where unknown. Columns
     ks, usual_ks, psi, usual_psi, median, usual_median, has_drifted (farther than any of the
-    reference's units in both measures; false where those were too few to tell).
+    reference's units in both measures; by the rule of thumb where those were too few to tell).
     """
     rows = {}
     for name, told in known.items():
@@ -108,9 +112,10 @@ def compare(known: Mapping[str, Any], scores: pd.DataFrame) -> pd.DataFrame:
             "median": float(np.median(values)),
             "usual_median": float(np.median(quantiles)),
         }
-        is_known = told["usual_ks"] is not None
         row["has_drifted"] = bool(
-            is_known and row["ks"] > told["usual_ks"] and row["psi"] > told["usual_psi"]
+            row["psi"] > RULE_OF_THUMB
+            if told["usual_ks"] is None
+            else row["ks"] > told["usual_ks"] and row["psi"] > told["usual_psi"]
         )
         rows[name] = row
     table = pd.DataFrame.from_dict(rows, orient="index")
@@ -120,11 +125,17 @@ def compare(known: Mapping[str, Any], scores: pd.DataFrame) -> pd.DataFrame:
 
 def sentences(table: pd.DataFrame) -> list[str]:
     """Say in plain words which quantities lie farther off than any unit of the reference did."""
-    return [
-        f"{QUANTITIES[str(name)].capitalize()} differ from the reference more than any of its "
-        f"units does: median {row['median']:.3g} against {row['usual_median']:.3g} "
-        f"(KS {row['ks']:.2f}, usual up to {row['usual_ks']:.2f}; "
-        f"PSI {row['psi']:.2f}, up to {row['usual_psi']:.2f})"
-        for name, row in table.iterrows()
-        if row["has_drifted"]
-    ]
+    said = []
+    for name, row in table[table["has_drifted"].astype(bool)].iterrows() if len(table) else []:
+        told = (
+            f"median {row['median']:.3g} against {row['usual_median']:.3g} (KS {row['ks']:.2f}, "
+            f"PSI {row['psi']:.2f}"
+        )
+        said.append(
+            f"Drift in {QUANTITIES[str(name)]}: {told}; above {RULE_OF_THUMB} by a rule of thumb, "
+            "for the reference has too few units to show how far they usually differ)"
+            if pd.isna(row["usual_ks"])
+            else f"Drift in {QUANTITIES[str(name)]}, farther off than any unit of the reference: "
+            f"{told}; usual up to {row['usual_ks']:.2f} and {row['usual_psi']:.2f})"
+        )
+    return said
