@@ -12,8 +12,9 @@ demo: .venv/.installed  ## the whole story on simulated cells, under Prefect, at
 test: .venv/.installed  ## no network, no GPU, no root
 	$(ONE_THREAD) $(BIN)/python -m pytest -q -n 2 -m "not slow and not browser and not service and not gpu"
 
+# by file: servers that a file's tests share are started once
 test-all: .venv/.installed  ## and the slow, browser and service tests
-	$(ONE_THREAD) $(BIN)/python -m pytest -q -n 2 -m "not gpu"
+	$(ONE_THREAD) $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not gpu"
 
 check: .venv/.installed  ## style, types, import contracts
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
