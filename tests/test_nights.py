@@ -11,11 +11,17 @@ from pathlib import Path
 import pytest
 
 from children import endoprint
-from endoprint import jobs
+from conftest import planted_cells
+from endoprint import jobs, tracking
 from endoprint.config import Refusal
 from endoprint.jobs import nights
 from endoprint.roles import NAME, PASSWORD, acting, assume_reader
 from endoprint.spelled import without_secrets
+from lab import bare_workspace, furnish
+
+needs_prefect = pytest.mark.skipif(
+    importlib.util.find_spec("prefect") is None, reason="the flows extra is not installed"
+)
 
 
 @pytest.fixture
@@ -98,6 +104,23 @@ def test_a_night_without_cells_is_refused(space: Path) -> None:
         jobs.night(str(space))
 
 
+def test_a_fit_that_a_night_has_finished_is_not_made_again_in_that_night(tmp_path: Path) -> None:
+    cells = planted_cells(n_units=6, n_cells=8)
+    cells.uns["endoprint"] = {"control": "DMSO"}
+    made = furnish(bare_workspace(tmp_path / "made"), cells)
+    root = str(made.root)
+    first = jobs.train(root, model="signature", night="one")
+    assert jobs.train(root, model="signature", night="one") == first
+    assert len(tracking.runs_table(made)) == 1
+    others = [jobs.train(root, model="signature", night=night) for night in ("two", "", "")]
+    assert len({first, *others}) == 4  # another night's, and asked for by hand: made anew
+    with pytest.raises(RuntimeError), tracking.run(
+        made, name="logistic", kind="train", model="logistic", tags={"night": "one"}
+    ):  # fmt: skip
+        raise RuntimeError("killed on its way")
+    assert jobs.train(root, model="logistic", night="one") != first  # a failed one counts nothing
+
+
 def test_where_no_up_runs_status_says_so_and_asks_nobody(space: Path) -> None:
     (space / ".endoprint").mkdir(exist_ok=True)
     stale = {"pid": 2**22 - 1, "born": 1.0, "services": [], "prefect_api": "http://127.0.0.1:1"}
@@ -143,9 +166,7 @@ def test_an_address_in_a_message_loses_its_password() -> None:
 
 
 # -- what is tried again ------------------------------------------------------------------------
-@pytest.mark.skipif(
-    importlib.util.find_spec("prefect") is None, reason="the flows extra is not installed"
-)
+@needs_prefect
 def test_only_what_may_pass_by_itself_is_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,9 +190,7 @@ def test_only_what_may_pass_by_itself_is_tried_again(
     assert [is_passing(error) for error in lasting] == [False] * 6
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("prefect") is None, reason="the flows extra is not installed"
-)
+@needs_prefect
 def test_hooks_name_their_arguments_as_prefects_worker_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

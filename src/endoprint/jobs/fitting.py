@@ -35,17 +35,24 @@ DESCRIPTION = "mlflow.note.content"  # Markdown that MLflow's UI shows above a r
 
 
 # -- training -----------------------------------------------------------------------------------
-def train(workspace: str, *, model: str, tuned: str = "") -> str:
+def train(workspace: str, *, model: str, tuned: str = "", night: str = "") -> str:
     """Fit a model: in every development fold, to judge it, then on all development units.
 
-    `tuned`: not empty: with the values its search found. Returns the run id; the run holds
-    figures, tables, lineage and the fitted model. Under `torchrun` the processes train together
-    (docs/many-devices.md): the lead tracks and returns the id, the others fit with it and return
-    nothing.
+    `tuned`: not empty: with the values its search found. `night`: a name for this night's work; a
+    fit that was finished under it is not made again, whoever was killed before hearing of it.
+    Returns the run id; the run holds figures, tables, lineage and the fitted model. Under
+    `torchrun` the processes train together (docs/many-devices.md): the lead tracks and returns the
+    id, the others fit with it and return nothing.
     """
+    if night:
+        from endoprint import runs
+
+        made = runs.finished(Workspace.open(workspace), "train", {"model": model, "night": night})
+        if made:
+            return made[0]
     with team() as member:
         if member.is_lead:
-            return _train(workspace, model=model, tuned=tuned, member=member)
+            return _train(workspace, model=model, tuned=tuned, night=night, member=member)
         _train_along(workspace, model, member.told({}))
         return ""
 
@@ -67,7 +74,7 @@ def _train_along(workspace: str, model: str, plan: Plan) -> None:
     build().fit(cells[parts.train].copy(), cells[parts.valid].copy(), work=work / "fit")
 
 
-def _train(workspace: str, *, model: str, tuned: str, member: Member) -> str:
+def _train(workspace: str, *, model: str, tuned: str, night: str, member: Member) -> str:
     space = Workspace.open(workspace)
     from endoprint import artefact, identity, judge, tracking
     from endoprint.cells import md5
@@ -97,6 +104,7 @@ def _train(workspace: str, *, model: str, tuned: str, member: Member) -> str:
                 "tuned_trials": n_trials,
                 "cells_md5": md5(space.cells),
                 "trainer": identity.known_as(space.tracking_uri),
+                "night": night or None,
             },
         ) as run,
         work_folder(space, job, run.run_id) as work,
