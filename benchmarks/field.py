@@ -33,9 +33,10 @@ from endoprint import cells as door
 from endoprint import controls, judge, metrics, negatives, projection
 from endoprint.config import read_params
 from endoprint.design import DesignConfig, Split, make_split
-from endoprint.model import TABLE, ExposureModel, model_class
+from endoprint.model import ExposureModel, model_class
 from endoprint.paired import compare_units
 from endoprint.simulate import SimulateConfig, oracle, simulate
+from endoprint.table import TABLE
 
 SEED = 100  # of atlas and models; no default was chosen on it
 DIFFICULTIES = ("easy", "middle", "hard")

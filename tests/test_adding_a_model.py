@@ -9,6 +9,7 @@ import pytest
 
 from conftest import planted_cells
 from endoprint import model as contract
+from endoprint.table import TABLE, Row
 
 PAGE = Path(__file__).parents[1] / "docs/adding-a-model.md"
 
@@ -19,10 +20,10 @@ def centroid(tmp_path, monkeypatch):
     module, row = shown
     (tmp_path / "shown_centroid.py").write_text(module)
     monkeypatch.syspath_prepend(tmp_path)
-    rows = eval(f"{{{row}}}", {"Row": contract.Row})  # the page's own words, as a dict
+    rows = eval(f"{{{row}}}", {"Row": Row})  # the page's own words, as a dict
     assert list(rows) == ["centroid"]
-    here = contract.Row("shown_centroid:Centroid", *list(vars(rows["centroid"]).values())[1:])
-    monkeypatch.setitem(contract.TABLE, "centroid", here)
+    here = Row("shown_centroid:Centroid", *list(vars(rows["centroid"]).values())[1:])
+    monkeypatch.setitem(TABLE, "centroid", here)
     yield contract.model_class("centroid")
     sys.modules.pop("shown_centroid", None)
 

@@ -11,9 +11,10 @@ from conftest import planted_cells
 from endoprint import model as contract
 from endoprint.config import Config, Refusal
 from endoprint.encoder.network import Reader
-from endoprint.model import Resources, Row
+from endoprint.model import Resources
 from endoprint.models.geneformer import Geneformer, GeneformerConfig
 from endoprint.models.scgpt import Scgpt, ScgptConfig
+from endoprint.table import TABLE, Row
 
 SMALL = {"layers": 1, "hidden": 24, "ffn": 16, "head_only": True, "has_votes": False}
 KINDS = [(Geneformer, GeneformerConfig), (Scgpt, ScgptConfig)]
@@ -119,10 +120,8 @@ def test_a_row_may_be_another_with_other_defaults(monkeypatch):
     with pytest.raises(Refusal, match="fields here are"):
         probe.Config.of({"heads_only": True}, where="models.probe")
     assert issubclass(probe.Config, Config)
-    here = Row(
-        "endoprint.models.scgpt:Scgpt", "", "", "", "", overrides=contract.TABLE["probe"].overrides
-    )
-    monkeypatch.setitem(contract.TABLE, "probe-scgpt", here)
+    here = Row("endoprint.models.scgpt:Scgpt", "", "", "", "", overrides=TABLE["probe"].overrides)
+    monkeypatch.setitem(TABLE, "probe-scgpt", here)
     other = contract.model_class("probe-scgpt")
     assert issubclass(other, Scgpt)
     assert other.Config().head_only

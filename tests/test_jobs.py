@@ -19,8 +19,9 @@ from conftest import TINY, a_workspace
 from endoprint import blueprint, jobs
 from endoprint.config import Refusal, read_params
 from endoprint.jobs.scoring import score_if_live
-from endoprint.model import TABLE, model_class
+from endoprint.model import model_class
 from endoprint.search import SearchConfig
+from endoprint.table import TABLE
 from endoprint.workspace import Workspace
 from lab import moved_copy
 

@@ -16,6 +16,7 @@ from endoprint import model as contract
 from endoprint.design import DesignConfig, Split, make_split
 from endoprint.latent import Latent
 from endoprint.models.neighbours import Neighbours
+from endoprint.table import TABLE
 from test_every_model import SMALL
 
 TINY: dict[str, dict[str, object]] = SMALL | {
@@ -78,7 +79,7 @@ def leaks(build, cells: AnnData, spoiled: AnnData, split: Split, folder: Path) -
     return found + [k for k in arrays if not np.array_equal(arrays[k], other_arrays[k])]
 
 
-@pytest.mark.parametrize("row", sorted(contract.TABLE))
+@pytest.mark.parametrize("row", sorted(TABLE))
 def test_no_number_that_a_row_keeps_knows_a_held_out_unit(row, cells, spoiled, split, tmp_path):
     cls = contract.model_class(row)
     config = cls.Config.of(TINY.get(row, {}), where=row)

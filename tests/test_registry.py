@@ -318,7 +318,7 @@ class Costly(Logistic):
 
 @pytest.fixture(autouse=True)
 def costly_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    from endoprint.model import TABLE, Row
+    from endoprint.table import TABLE, Row
 
     row = Row(f"{__name__}:Costly", "a stub", "seconds", "Apache-2.0", "none")
     monkeypatch.setitem(TABLE, "costly", row)

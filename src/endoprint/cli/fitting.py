@@ -82,7 +82,7 @@ def models(as_json: Json = False) -> None:
     """List the table of models: what each is, costs, needs, and whom to cite."""
     from dataclasses import asdict
 
-    from endoprint.model import TABLE
+    from endoprint.table import TABLE
 
     rows = {name: asdict(row) for name, row in TABLE.items()}
     lines = [

@@ -8,8 +8,8 @@ from string import Template
 from typing import Any
 
 from endoprint.config import Refusal
-from endoprint.model import TABLE
 from endoprint.report.board import counted, design_notes
+from endoprint.table import TABLE
 
 FIGURES = {  # metric -> what a reader calls it
     "macro_f1": "macro-F1",
