@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from endoprint.encoder import packed as packed_layers
 from endoprint.encoder.minibatches import Layout, assemble
 from endoprint.encoder.packed import Packing
 from test_encoder import network, random_tokens
@@ -34,13 +35,14 @@ def test_packed_rows_say_what_padded_rows_say_and_learn_the_same(block, recomput
     packed = replace(padded, packing=Packing.of(padded.mask_RT))
     net = network()
     net.recomputes = recomputes
-    monkeypatch.setattr(net, "packs", lambda: True)  # on a processor it never does by itself
-    asked, through = [], net.through_packed
-    monkeypatch.setattr(
-        net,
-        "through_packed",
-        lambda layer, x, packing: asked.append(len(x)) or through(layer, x, packing),
-    )
+    asked = []
+
+    def through(layer, x, packing):
+        asked.append(len(x))
+        return packed_layers.through(layer, x, packing)
+
+    # on a processor it never does by itself
+    monkeypatch.setattr(net, "through_packed", lambda: through)
     assert torch.allclose(net.pool(packed), net.pool(padded), atol=1e-5)
     assert set(asked) == {int(padded.mask_RT.sum())}, "no padding is computed"
     ours, theirs = gradients(net, packed), gradients(net, padded)
@@ -52,7 +54,7 @@ def test_packed_rows_say_what_padded_rows_say_and_learn_the_same(block, recomput
 def test_a_processor_is_never_given_packed_rows():
     padded = a_minibatch(7)
     assert padded.to(torch.device("cpu")).packing is None
-    assert not network().packs()  # fp32
+    assert network().through_packed() is None  # fp32
 
 
 def test_packing_and_unpacking_moves_no_token():
@@ -75,6 +77,6 @@ def test_on_a_gpu_packed_rows_say_what_padded_rows_say_in_bf16():
     net = network(uses_bf16=True).to(device)
     minibatch = a_minibatch(0).to(device)
     assert minibatch.packing is not None
-    assert net.packs()
+    assert net.through_packed() is not None
     found = net.pool(minibatch)
     assert torch.allclose(found, net.pool(replace(minibatch, packing=None)), atol=3e-2)

@@ -35,6 +35,7 @@ from endoprint.encoder.packed import Packing
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Put = Callable[[Minibatch], Minibatch]
+PackedLayer = Callable[[nn.Module, Tensor, Packing], Tensor]
 
 
 class Reader(nn.Module, ABC):
@@ -113,13 +114,9 @@ class Reader(nn.Module, ABC):
     def gene_table(self) -> Tensor:
         """Return the embeddings of genes, which learn faster than the rest."""
 
-    def packs(self) -> bool:
-        """Say whether layers take tokens without padding now."""
-        return False
-
-    def through_packed(self, layer: nn.Module, x_MD: Tensor, packing: Packing) -> Tensor:
-        """Return the states of tokens, without padding, after one layer, (M, D)."""
-        raise NotImplementedError("of backbones that pack")
+    def through_packed(self) -> PackedLayer | None:
+        """Return what takes tokens without padding, (M, D), through a layer; None: nothing now."""
+        return None
 
     def freeze(self, n_layers: int) -> None:
         """Keep the embeddings and the first layers as they are, without dropout; 0: nothing."""
@@ -157,21 +154,23 @@ class Reader(nn.Module, ABC):
         if not self.is_grown:
             # layers that add nothing only normalise, and to normalise twice is to do it once
             return self.ends(layers[-1])[1][-1](x_RTD) if layers else x_RTD
+        through_packed, packing = self.through_packed(), minibatch.packing
+        if through_packed is None or packing is None:
+            return self._pass(x_RTD, layers, partial(self.through, mask_RT=minibatch.mask_RT))
+        through = partial(through_packed, packing=packing)
+        return packing.unpack(self._pass(packing.pack(x_RTD), layers, through))
+
+    def _pass(
+        self, x: Tensor, layers: list[nn.Module], through: Callable[[nn.Module, Tensor], Tensor]
+    ) -> Tensor:
         recomputes = self.recomputes and self.training and torch.is_grad_enabled()
-        packing = minibatch.packing if self.packs() else None
-        x = x_RTD if packing is None else packing.pack(x_RTD)
         for layer in layers:
-            through = (
-                partial(self.through, mask_RT=minibatch.mask_RT)
-                if packing is None
-                else partial(self.through_packed, packing=packing)
-            )
             x = (
                 checkpoint(through, layer, x, use_reentrant=False)
                 if recomputes
                 else through(layer, x)
             )
-        return x if packing is None else packing.unpack(x)
+        return x
 
     def hidden(self, minibatch: Minibatch) -> Tensor:
         """Return the last hidden state of every token of a minibatch, (R, T, D)."""
@@ -249,13 +248,10 @@ class Network(Reader):
         passed: Tensor = layer(x_RTD, None if mask_RT is None else mask_RT[:, None, None, :])
         return passed
 
-    def packs(self) -> bool:
+    def through_packed(self) -> PackedLayer | None:
         # the kernel knows half precision and no dropout
         drops = self.training and self.bert.config.attention_probs_dropout_prob > 0
-        return self.uses_bf16 and not drops
-
-    def through_packed(self, layer: nn.Module, x_MD: Tensor, packing: Packing) -> Tensor:
-        return packed.through(layer, x_MD, packing)
+        return packed.through if self.uses_bf16 and not drops else None
 
     def ends(self, layer: Any) -> tuple[list[nn.Linear], list[nn.LayerNorm]]:
         parts = (layer.attention.output, layer.output)
