@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def test_packed_rows_say_what_padded_rows_say_and_learn_the_same(block, recomput
         return packed_layers.through(layer, x, packing)
 
     # on a processor it never does by itself
-    monkeypatch.setattr(net, "through_packed", lambda: through)
+    monkeypatch.setattr(net, "through_packed", lambda packing: partial(through, packing=packing))
     assert torch.allclose(net.pool(packed), net.pool(padded), atol=1e-5)
     assert set(asked) == {int(padded.mask_RT.sum())}, "no padding is computed"
     ours, theirs = gradients(net, packed), gradients(net, padded)
@@ -54,7 +55,7 @@ def test_packed_rows_say_what_padded_rows_say_and_learn_the_same(block, recomput
 def test_a_processor_is_never_given_packed_rows():
     padded = a_minibatch(7)
     assert padded.to(torch.device("cpu")).packing is None
-    assert network().through_packed() is None  # fp32
+    assert network().through_packed(Packing.of(padded.mask_RT)) is None  # fp32
 
 
 def test_packing_and_unpacking_moves_no_token():
@@ -77,6 +78,6 @@ def test_on_a_gpu_packed_rows_say_what_padded_rows_say_in_bf16():
     net = network(uses_bf16=True).to(device)
     minibatch = a_minibatch(0).to(device)
     assert minibatch.packing is not None
-    assert net.through_packed() is not None
+    assert net.through_packed(minibatch.packing) is not None
     found = net.pool(minibatch)
     assert torch.allclose(found, net.pool(replace(minibatch, packing=None)), atol=3e-2)

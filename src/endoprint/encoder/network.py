@@ -35,7 +35,7 @@ from endoprint.encoder.packed import Packing
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Put = Callable[[Minibatch], Minibatch]
-PackedLayer = Callable[[nn.Module, Tensor, Packing], Tensor]
+Through = Callable[[nn.Module, Tensor], Tensor]  # one layer
 
 
 class Reader(nn.Module, ABC):
@@ -114,7 +114,7 @@ class Reader(nn.Module, ABC):
     def gene_table(self) -> Tensor:
         """Return the embeddings of genes, which learn faster than the rest."""
 
-    def through_packed(self) -> PackedLayer | None:
+    def through_packed(self, packing: Packing) -> Through | None:
         """Return what takes tokens without padding, (M, D), through a layer; None: nothing now."""
         return None
 
@@ -154,15 +154,13 @@ class Reader(nn.Module, ABC):
         if not self.is_grown:
             # layers that add nothing only normalise, and to normalise twice is to do it once
             return self.ends(layers[-1])[1][-1](x_RTD) if layers else x_RTD
-        through_packed, packing = self.through_packed(), minibatch.packing
-        if through_packed is None or packing is None:
+        packing = minibatch.packing
+        through_packed = self.through_packed(packing) if packing is not None else None
+        if packing is None or through_packed is None:
             return self._pass(x_RTD, layers, partial(self.through, mask_RT=minibatch.mask_RT))
-        through = partial(through_packed, packing=packing)
-        return packing.unpack(self._pass(packing.pack(x_RTD), layers, through))
+        return packing.unpack(self._pass(packing.pack(x_RTD), layers, through_packed))
 
-    def _pass(
-        self, x: Tensor, layers: list[nn.Module], through: Callable[[nn.Module, Tensor], Tensor]
-    ) -> Tensor:
+    def _pass(self, x: Tensor, layers: list[nn.Module], through: Through) -> Tensor:
         recomputes = self.recomputes and self.training and torch.is_grad_enabled()
         for layer in layers:
             x = (
@@ -248,10 +246,10 @@ class Network(Reader):
         passed: Tensor = layer(x_RTD, None if mask_RT is None else mask_RT[:, None, None, :])
         return passed
 
-    def through_packed(self) -> PackedLayer | None:
+    def through_packed(self, packing: Packing) -> Through | None:
         # the kernel knows half precision and no dropout
         drops = self.training and self.bert.config.attention_probs_dropout_prob > 0
-        return packed.through if self.uses_bf16 and not drops else None
+        return partial(packed.through, packing=packing) if self.uses_bf16 and not drops else None
 
     def ends(self, layer: Any) -> tuple[list[nn.Linear], list[nn.LayerNorm]]:
         parts = (layer.attention.output, layer.output)
