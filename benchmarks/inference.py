@@ -28,11 +28,11 @@ import torch
 import transformers
 from anndata import AnnData
 from sklearn.metrics import f1_score
+from tasks import FIVE, SIMULATED_CELLS
 from threadpoolctl import threadpool_limits
 from transformers import BertForSequenceClassification, Trainer, TrainingArguments
 
 from endoprint import cells, tokens
-from endoprint.cells import CellsConfig
 from endoprint.design import DesignConfig, make_split
 from endoprint.encoder import backbone
 from endoprint.encoder.minibatches import Layout, assemble
@@ -47,22 +47,7 @@ MAX_LENGTH = 2048
 # layers, width, heads, width of the feed-forward part; the second is V1-10M's
 SHAPES = {"2 x 64": (2, 64, 2, 128), "6 x 256": (6, 256, 4, 512)}
 CELLS = {"2 x 64": 96, "6 x 256": 24}  # read per run
-EXPOSURES = (
-    "DMSO",
-    "ANDROGEN_AGONIST",
-    "ESTROGEN_AGONIST",
-    "GLUCOCORT_AGONIST",
-    "THYROID_AGONIST",
-)
 SIMULATED = SimulateConfig(cells=2700, genes=5000, median_umi=6000, pool_cells=0)
-SIMULATED_CELLS = CellsConfig(
-    exposure_key="condition",
-    control="DMSO",
-    unit_keys=["line", "replicate"],
-    line_key="line",
-    batch_key="run",
-    gene_id_key="gene_ids",
-)
 # both fits: so many steps of 32 cells, all of them, whatever the validation cells say
 FITTED = {"min_steps": 100, "epochs": 1, "patience": 100}
 
@@ -118,7 +103,7 @@ def sides(shape: str, made: AnnData, folder: str, seed: int = 0) -> Sides:
         vocabulary_size=len(vocabulary),
         max_length=MAX_LENGTH,
     )
-    config.num_labels = len(EXPOSURES)
+    config.num_labels = len(FIVE)
     torch.manual_seed(seed)
     model = BertForSequenceClassification(config)
     arguments = TrainingArguments(
@@ -132,7 +117,7 @@ def sides(shape: str, made: AnnData, folder: str, seed: int = 0) -> Sides:
     trainer = Trainer(model=model, args=arguments, data_collator=_padded(vocabulary.pad_id))
     found = tokens.of(made[: CELLS[shape]], vocabulary)
     genes = float(found.lengths.mean())
-    network = Network(model.bert, len(EXPOSURES), has_votes=True, genes_per_cell=genes)
+    network = Network(model.bert, len(FIVE), has_votes=True, genes_per_cell=genes)
     return Sides(trainer, network, found, vocabulary)
 
 
@@ -219,9 +204,7 @@ def quality(made: AnnData, seed: int) -> dict[str, Any]:
 def cells_of(seed: int = 0) -> AnnData:
     """Draw cells of five exposures in six cultures."""
     drawn = simulate(SIMULATED, seed).cells
-    known, _ = cells.curate(
-        drawn[np.isin(drawn.obs["condition"], EXPOSURES)].copy(), SIMULATED_CELLS
-    )
+    known, _ = cells.curate(drawn[np.isin(drawn.obs["condition"], FIVE)].copy(), SIMULATED_CELLS)
     return known
 
 

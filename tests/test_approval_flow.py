@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from conftest import planted_cells
 from endoprint import curated, jobs, registry
 from endoprint.workspace import Workspace
 from lab import POLICY, bare_workspace, fit_and_track, furnish, misled
+from standing import until
 from test_schedule import free_port
 
 pytest.importorskip("prefect", reason="the flows extra is not installed")
@@ -78,18 +78,6 @@ class Server:
         asked = {"flow_runs": {"state": {"type": {"any_": ["PAUSED"]}}}}
         until(lambda: bool(self.ask("flow_runs/filter", asked)), "a run that waits")
         return str(self.ask("flow_runs/filter", asked)[0]["id"])
-
-
-def until(is_so: Any, what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while True:
-        try:
-            if is_so():
-                return
-        except (OSError, ValueError):
-            pass
-        assert time.monotonic() < deadline, f"waited in vain for {what}"
-        time.sleep(0.5)
 
 
 @pytest.fixture(params=[LOGIN, ""], ids=["asks", "asks nobody"])
