@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from urllib.parse import parse_qs, urlsplit
+
 import pandas as pd
 
-from endoprint.report import Board, described
+from endoprint.report import Board, described, fitted, headline
 
 TABLE = pd.DataFrame(
     {"macro_f1": [0.5, 0.75], "ece": [0.1, float("nan")], "fit_seconds": [3.0, 1200.0]},
@@ -28,3 +31,26 @@ def test_what_forbids_a_claim_stands_before_the_table() -> None:
     audit = {"warnings": ["confounded: true. A cannot be told from its run."]}
     said = described(Board(task="toy", table=TABLE, by_unit=UNITS, audit=audit))
     assert said.index("**Stop.** confounded: true") < said.index("| model |")
+
+
+def test_above_a_tasks_runs_stands_its_best_figure_and_the_way_to_what_is_looked_for() -> None:
+    board = Board(task="toy", table=TABLE, by_unit=UNITS)
+    said = headline(board, experiment="7", run_id="abc", versions="endoprint-toy")
+    assert "\n" not in said  # MLflow shows one line of it unless asked
+    assert said.startswith("**macro-F1 0.750**, signature,")
+    ways = dict(re.findall(r"\[([^]]+)\]\(#(\S+)\)", said))
+    assert ways["leaderboard"].startswith("/experiments/7/runs/abc/artifacts/leaderboard.html")
+    asked = parse_qs(urlsplit(ways["models, best first"]).query)
+    assert asked["searchFilter"] == ["tags.kind = 'train'"]
+    assert asked["orderByKey"] == ["metrics.`macro_f1`"]
+    assert ways["versions"].startswith("/models/endoprint-toy")
+
+
+def test_a_models_run_says_its_figure_then_every_unit() -> None:
+    metrics = {"macro_f1": 0.5, "ece": float("nan"), "fit_seconds": 12.0, "f1_DMSO": 1.0}
+    said = fitted(metrics, {"u1": 0.4, "u2": 0.6}).splitlines()
+    assert said[0].startswith("**macro-F1 0.500** on 2 held-out development units.")
+    assert "12" in said[0]
+    assert said[-2:] == ["| u1 | 0.400 |", "| u2 | 0.600 |"]
+    assert "nan" not in "".join(said)
+    assert fitted({}, {"p": 0.1}, part="part").startswith("**no macro-F1** on 1 held-out")

@@ -338,5 +338,7 @@ def _record(workspace: Workspace, promotion: Promotion, policy: Policy) -> None:
         tags={**told, **known, "was_opened": promotion.was_opened},
     ) as run:
         run.record("verdict", promotion.to_json())
+        reasons = "\n".join(f"- {reason}" for reason in verdict.reasons)
+        run.description(f"**{verdict.decision}**: {version.label}\n\n{reasons}")
         own = promotion.figures.get(version.label, {"metrics": {}})
         run.metrics(own["metrics"])

@@ -29,6 +29,7 @@ from endoprint.workspace import Workspace
 HEAD = "history_head"  # tag of the registered model: the hash of the newest line of its history
 LONGEST_DESCRIPTION = 5000  # letters; the column is no wider (MLflow's SQL store)
 CHAMPION, CANDIDATE, PREVIOUS = "champion", "candidate", "previous"
+ABOUT = "**@champion** is live, **@candidate** the newest; aliases: `endoprint registry` only"
 ADDRESS = re.compile(r"models:/(?P<name>[\w.-]+)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+))")
 
 
@@ -148,7 +149,7 @@ def describe(workspace: Workspace, version: Version, text: str) -> None:
 
 def _make_registered_model(store: mlflow.MlflowClient, name: str) -> None:
     try:
-        store.create_registered_model(name)
+        store.create_registered_model(name, description=ABOUT)
     except mlflow.MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise

@@ -59,6 +59,9 @@ SILENCE = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 LOUD = ("mlflow", "alembic")  # INFO lines on every new store, warnings about every model
+NOTE = "mlflow.note.content"  # Markdown that MLflow's UI shows above a run, or a task's runs
+# without it the UI takes a task's runs for those of a language application, and hides them
+TASK_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 PARAMS_PER_CALL, METRICS_PER_CALL = 100, 1000  # the server's limits (MLflow REST API, log-batch)
 SEARCHED_TAGS = (
     "seed", "split_hash", "exposures", "git_sha", "is_dirty", "base_model", "model_id",
@@ -119,7 +122,9 @@ def experiment(workspace: Workspace, store: mlflow.MlflowClient) -> str:
         # a server knows its own place for artefacts
         place = None if workspace.tracking_uri.startswith("http") else workspace.artifacts
         with suppress(mlflow.MlflowException):  # another process made it meanwhile
-            store.create_experiment(workspace.experiment, artifact_location=place)
+            store.create_experiment(
+                workspace.experiment, artifact_location=place, tags=dict(TASK_TAGS)
+            )
         found = store.get_experiment_by_name(workspace.experiment)
     if found.lifecycle_stage == "deleted":
         store.restore_experiment(found.experiment_id)
@@ -133,7 +138,8 @@ class Run:
     def __init__(self, store: mlflow.MlflowClient, run_id: str, experiment_id: str) -> None:
         self.run_id = run_id
         self.model_id: str | None = None  # set by `model`; later metrics are tied to it
-        self._store, self._experiment_id = store, experiment_id
+        self.experiment_id = experiment_id
+        self._store = store
 
     def params(self, values: Config | Mapping[str, Any], prefix: str = "") -> None:
         """Log the chosen values; nested ones as `outer.inner`."""
@@ -160,6 +166,14 @@ class Run:
         """Set tags; None is left out."""
         said = [RunTag(key, text_of(value)) for key, value in values.items() if value is not None]
         self._store.log_batch(self.run_id, tags=said)
+
+    def description(self, text: str) -> None:
+        """Show a text in Markdown above what the run logged; the figure that matters first."""
+        self.tags({NOTE: text})
+
+    def headline(self, text: str) -> None:
+        """Show a text in Markdown above all runs of the task, until the next one."""
+        self._store.set_experiment_tag(self.experiment_id, NOTE, text)
 
     def figure(self, name: str, figure: Figure | bytes | Path) -> None:
         """Keep a figure under `figures/`: a matplotlib figure, an image's bytes or its file."""
@@ -225,7 +239,7 @@ class Run:
         `sha256` is the folder's digest (`endoprint.artefact.digest`).
         """
         logged = self._store.create_logged_model(
-            self._experiment_id,
+            self.experiment_id,
             name=MODEL_FOLDER,
             source_run_id=self.run_id,
             tags={"model_sha256": sha256, **(tags or {})},

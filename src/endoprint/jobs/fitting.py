@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from endoprint.tracking import Run
 
 MAPPED_AXES = 20  # of the latent, behind the map of cells
-DESCRIPTION = "mlflow.note.content"  # Markdown that MLflow's UI shows above a run
 
 
 # -- training -----------------------------------------------------------------------------------
@@ -149,16 +148,19 @@ def _log_judgement(run: Run, judged: Judgement, cells: AnnData) -> None:
     run.table("predictions", judged.predictions.rename_axis("cell_id"))
     run.table("samples", judged.samples.rename_axis("sample"))
     run.table("folds", judged.folds)
-    run.record("by_unit", judged.by_unit["macro_f1"].astype(float).to_dict())
+    by_unit = judged.by_unit["macro_f1"].astype(float)
+    units = {str(name): figure for name, figure in by_unit.items()}
+    run.record("by_unit", units)
     part = "unit" if judged.is_replicated else "part"
+    run.description(figures.fitted(judged.metrics, units, part=part))
     run.figure("confusion", figures.confusion(judged.predictions))
     run.figure("roc", figures.roc(judged.predictions, control=control))
     run.table("breakdown", breakdown(judged.predictions))
     run.figure("precision_recall", figures.precision_recall(judged.predictions, control=control))
     run.figure("reliability", figures.reliability(judged.predictions))
-    by_unit = judged.by_unit[["macro_f1"]].set_axis([judged.model], axis=1)
     chance = 1.0 / judged.predictions["truth"].nunique()
-    run.figure("per_unit", figures.per_unit(by_unit, chance=chance, part=part))
+    table = by_unit.to_frame(judged.model)
+    run.figure("per_unit", figures.per_unit(table, chance=chance, part=part))
 
 
 def _log_origin(
@@ -215,7 +217,7 @@ def leaderboard(workspace: str, *, controls: str = "") -> str:
     import pandas as pd
 
     from endoprint import runs, tracking
-    from endoprint.report import Board, described, leaderboard_page
+    from endoprint.report import Board, described, headline, leaderboard_page
 
     cells, split = cells_and_split(space)
     latest = latest_fits(space)
@@ -274,7 +276,16 @@ def leaderboard(workspace: str, *, controls: str = "") -> str:
     with tracking.run(space, name="leaderboard", kind="leaderboard") as run:
         run.file(Path(path))
         run.file(page)
-        run.tags({"split_hash": split.hash, "leader": leader, DESCRIPTION: described(board)})
+        run.tags({"split_hash": split.hash, "leader": leader})
+        run.description(described(board))
+        run.headline(
+            headline(
+                board,
+                experiment=run.experiment_id,
+                run_id=run.run_id,
+                versions=space.experiment,
+            )
+        )
         run.metrics({"macro_f1": float(board.ranked["macro_f1"].iloc[0])})
     return path
 

@@ -7,7 +7,7 @@ figures, HTML, markdown and terminal text come out.
 from endoprint.report.board import Board, design_notes, sentence, verdict
 from endoprint.report.card import model_card, origins
 from endoprint.report.curves import lay_out, map_of_calls, precision_recall
-from endoprint.report.described import described
+from endoprint.report.described import described, fitted, headline
 from endoprint.report.figures import (
     call_shares,
     confusion,
@@ -30,6 +30,8 @@ __all__ = [
     "cost_quality",
     "described",
     "design_notes",
+    "fitted",
+    "headline",
     "lay_out",
     "leaderboard",
     "leaderboard_page",

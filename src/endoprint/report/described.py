@@ -1,10 +1,12 @@
-"""What MLflow's UI shows on a leaderboard's run: Markdown, the figure that matters first."""
+"""What MLflow's UI shows of a task and of a run: Markdown, the figure that matters first."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from urllib.parse import urlencode
 
-from endoprint.report.board import Board, plain, sentence, verdict
+from endoprint.report.board import Board, counted, plain, sentence, verdict
 
 MARKS = {"stop": "**Stop.** ", "mind": "Mind: ", "fine": ""}
 COLUMNS = {
@@ -14,15 +16,19 @@ COLUMNS = {
     "ece": "ECE",
     "fit_seconds": "fit, s",
 }
+TRAINING = {"workflowType": "machine_learning"}  # MLflow's UI opens for language models else
+BEST_FIRST = {
+    "searchFilter": "tags.kind = 'train'",
+    "orderByKey": "metrics.`macro_f1`",
+    "orderByAsc": "false",
+}
 
 
 def described(board: Board) -> str:
     """Return the description of a leaderboard: figure, design, then every model."""
-    best = plain(board.ranked["macro_f1"].iloc[0])
-    figure = "no macro-F1" if best is None else f"macro-F1 {best:.3f}"
     known = [name for name in COLUMNS if name in board.ranked]
     lines = [
-        f"**{figure}**, {board.leader}, on held-out development {board.part}s of `{board.task}`.",
+        _first(board),
         "",
         sentence(board),
         "",
@@ -35,6 +41,52 @@ def described(board: Board) -> str:
         figures = " | ".join(_said(row[column]) for column in known)
         lines.append(f"| {name} | {figures} | {board.told_apart(str(name))} |")
     return "\n".join(lines)
+
+
+def headline(board: Board, *, experiment: str, run_id: str, versions: str) -> str:
+    """Return what stands above all runs of a task: its best figure, and where to go from there.
+
+    `experiment`: its id; `run_id`: the leaderboard's; `versions`: the registered model's name.
+    """
+    runs = f"#/experiments/{experiment}/runs"
+    ways = {
+        "leaderboard": f"{runs}/{run_id}/artifacts/leaderboard.html?{urlencode(TRAINING)}",
+        "models, best first": f"{runs}?{urlencode(TRAINING | BEST_FIRST)}",
+        "versions": f"#/models/{versions}?{urlencode(TRAINING)}",
+    }
+    return f"{_first(board)} " + " · ".join(f"[{name}]({way})" for name, way in ways.items())
+
+
+def fitted(
+    metrics: Mapping[str, float], by_unit: Mapping[str, float], *, part: str = "unit"
+) -> str:
+    """Return the description of a model's run: its figure, then that of every held-out unit.
+
+    `part`: what is held out, one word: a unit, or a part that is technical only.
+    """
+    known = {name: metrics[name] for name in COLUMNS if plain(metrics.get(name)) is not None}
+    figure = known.pop("macro_f1", None)
+    said = "no macro-F1" if figure is None else f"macro-F1 {figure:.3f}"
+    known.pop("worst_unit_macro_f1", None)  # the table has it
+    rest = "; ".join(f"{COLUMNS[name]} {_said(value)}" for name, value in known.items())
+    lines = [
+        f"**{said}** on {counted(len(by_unit), f'held-out development {part}')}. {rest}",
+        "",
+        f"Each {part} was judged by a fit that never saw it; the test units stayed shut.",
+        "",
+        f"| {part} | macro-F1 |",
+        "|---|---:|",
+        *(f"| {name} | {_said(value)} |" for name, value in by_unit.items()),
+    ]
+    return "\n".join(lines)
+
+
+def _first(board: Board) -> str:
+    best = plain(board.ranked["macro_f1"].iloc[0])
+    figure = "no macro-F1" if best is None else f"macro-F1 {best:.3f}"
+    return (
+        f"**{figure}**, {board.leader}, on held-out development {board.part}s of `{board.task}`."
+    )
 
 
 def _said(value: object) -> str:

@@ -20,6 +20,7 @@ GRANTS: dict[str, dict[str, str]] = {
     "trainer": {"experiment": "EDIT"},
     "promoter": {"experiment": "EDIT", "registered_model": "MANAGE"},
 }
+TASK_TAGS = [{"key": "mlflow.experimentKind", "value": "custom_model_development"}]
 KNOWN_ALREADY = "RESOURCE_ALREADY_EXISTS"
 
 
@@ -61,7 +62,7 @@ def grant(url: str, experiment: str) -> list[str]:
     here, since whoever makes a thing owns it.
     """
     admin = Admin(url)
-    admin.ask("2.0/mlflow/experiments/create", {"name": experiment})
+    admin.ask("2.0/mlflow/experiments/create", {"name": experiment, "tags": TASK_TAGS})
     admin.ask("2.0/mlflow/registered-models/create", {"name": experiment})
     found = admin.ask(f"2.0/mlflow/experiments/get-by-name?experiment_name={quote(experiment)}")
     ids = {
