@@ -64,7 +64,7 @@ def test_an_elastic_net_drops_genes_that_say_nothing():
         for part in (unit.isin(["u0", "u1", "u2"]), unit == "u3", unit == "u4")
     )
     model = Logistic(LogisticConfig(l1_share=0.9)).fit(train, valid)
-    says = np.abs(model._coefficients).sum(axis=0) > 0
+    says = np.abs(model._weighing.coefficients[0]).sum(axis=0) > 0
     assert 16 <= says.sum() <= 90  # sixteen genes of 120 respond, and library size follows them
     calls = model.predict_proba(unseen).idxmax(axis=1)
     assert (calls == unseen.obs["exposure"]).mean() > 0.85

@@ -13,8 +13,9 @@ from endoprint.config import Refusal
 from endoprint.curated import log_normalised
 from endoprint.draws import evenly_drawn
 from endoprint.expression import Expression
+from endoprint.groups import FEWEST_CELLS, Groups
 from endoprint.latent import Latent, variable_genes
-from endoprint.linear import fit_balanced
+from endoprint.linear import fit_balanced, fit_grouped
 from endoprint.metrics import recall_by_exposure
 from endoprint.models import logistic
 from endoprint.models.logistic import Logistic, LogisticConfig
@@ -37,7 +38,7 @@ def parts(cells):
 @pytest.mark.parametrize("kind", ["log", "linear"])
 def test_evidence_is_scikit_learns_own_decision(parts, kind):
     train, valid, unseen = parts
-    model = Logistic(LogisticConfig(penalty=0.1, kind=kind)).fit(train, valid)
+    model = Logistic(LogisticConfig(penalty=0.1, kind=kind, n_groups=1)).fit(train, valid)
     read = Expression.fit(train, kind)
     plain = LogisticRegression(
         C=1 / (0.1 * train.n_obs), class_weight="balanced", tol=1e-8, max_iter=5000
@@ -49,9 +50,10 @@ def test_evidence_is_scikit_learns_own_decision(parts, kind):
 
 def test_sparse_and_dense_fits_agree(parts, monkeypatch):
     train, valid, unseen = parts
-    dense = Logistic(LogisticConfig(penalty=0.1)).fit(train, valid).predict_proba(unseen)
+    config = LogisticConfig(penalty=0.1, n_groups=1)
+    dense = Logistic(config).fit(train, valid).predict_proba(unseen)
     monkeypatch.setattr(logistic, "DENSE_LIMIT", 0)
-    thin = Logistic(LogisticConfig(penalty=0.1)).fit(train, valid).predict_proba(unseen)
+    thin = Logistic(config).fit(train, valid).predict_proba(unseen)
     assert thin.to_numpy() == pytest.approx(dense.to_numpy(), abs=0.01)
 
 
@@ -62,15 +64,16 @@ def test_the_penalty_is_chosen_on_validation_cells(parts):
     best = min(told, key=lambda figures: figures["validation_log_loss"])
     assert model.provenance["penalty"] == best["penalty"]
     assert model.provenance["kind"] == ("log" if best["is_log"] else "linear")
-    for is_log in (1.0, 0.0):
-        tried = [figures["penalty"] for figures in told if figures["is_log"] == is_log]
+    assert model.provenance["n_groups"] == best["n_groups"]
+    for path in {(figures["is_log"], figures["n_groups"]) for figures in told}:
+        tried = [f["penalty"] for f in told if (f["is_log"], f["n_groups"]) == path]
         assert tried == list(logistic.PENALTIES[: len(tried)])
 
 
 def test_penalties_past_the_best_are_not_tried():
     made = planted_cells(n_units=5, n_cells=20, fold=1.5)
     told = []
-    Logistic(LogisticConfig(kind="log")).fit(
+    Logistic(LogisticConfig(kind="log", n_groups=1)).fit(
         of_units(made, "u0", "u1", "u2"),
         of_units(made, "u3"),
         watch=lambda step, figures: told.append(figures["validation_log_loss"]),
@@ -127,14 +130,14 @@ def test_a_crowded_exposure_gains_nothing_from_its_crowd(parts):
 
 def test_an_unmeasured_gene_counts_as_average_not_as_silent(parts):
     train, valid, unseen = parts
-    model = Logistic(LogisticConfig(penalty=0.1)).fit(train, valid)
+    model = Logistic(LogisticConfig(penalty=0.1, n_groups=1)).fit(train, valid)
     gone = [gene for i, gene in enumerate(unseen.var_names) if i % 3 == 0]
     fewer = unseen[:, ~unseen.var_names.isin(gone)].copy()
-    read = model._expression
+    read = model._weighing.expression
     by_hand = read.of(unseen).toarray().astype(float)
     by_hand[:, np.isin(read.genes, gone)] = read.mean[np.isin(read.genes, gone)]
-    wide = model._coefficients.astype(float)
-    wanted = (by_hand - read.mean) @ wide.T + model._intercept
+    wide = model._weighing.coefficients[0].astype(float)
+    wanted = (by_hand - read.mean) @ wide.T + model._weighing.intercept[0]
     assert model.evidence(fewer) == pytest.approx(wanted, abs=1e-9)
 
 
@@ -162,6 +165,87 @@ def test_a_path_of_penalties_ends_where_a_single_fit_would():
     alone = next(fit_balanced(values, truth, [0.1]))
     assert last.coefficients == pytest.approx(alone.coefficients, abs=1e-2)
     assert last.has_converged
+
+
+# -- groups of like cells -----------------------------------------------------------------------
+def two_types(n_units: int = 5, n_cells: int = 40, seed: int = 0) -> AnnData:
+    """Two types of cells, told apart by forty genes, in which one exposure does the opposite."""
+    rng = np.random.default_rng(seed)
+    mean = rng.gamma(1.0, 2.0, 120) + 0.5
+    obs, rows = [], []
+    for unit in range(n_units):
+        for exposure in ("DMSO", "RET_AGONIST", "RET_ANTAGONIST"):
+            for cell_type in (0, 1):
+                rate = mean.copy()
+                rate[40:80] *= 4.0 if cell_type else 0.25
+                rises = (exposure == "RET_AGONIST") == bool(cell_type)
+                rate[:20] *= 1.0 if exposure == "DMSO" else 2.5 if rises else 0.4
+                rows.append(rng.poisson(np.tile(rate, (n_cells, 1))))
+                obs += [{"exposure": exposure, "unit": f"u{unit}", "type": cell_type}] * n_cells
+    counts = sparse.csr_matrix(np.vstack(rows).astype(np.float32))
+    frame = pd.DataFrame(obs, index=[f"c{i}" for i in range(len(obs))])
+    frame["n_counts"] = np.asarray(counts.sum(axis=1)).ravel()
+    frame["n_genes"] = counts.getnnz(axis=1)
+    return AnnData(counts, frame, pd.DataFrame(index=[f"ENSG{i:011d}" for i in range(120)]))
+
+
+def test_an_exposure_that_does_the_opposite_in_another_type_of_cell_is_told():
+    made = two_types()
+    train, valid, unseen = (of_units(made, *u) for u in (("u0", "u1", "u2"), ("u3",), ("u4",)))
+
+    def right(model: Logistic) -> float:
+        calls = model.predict_proba(unseen).idxmax(axis=1)
+        return float((calls == unseen.obs["exposure"]).mean())
+
+    apart = Logistic().fit(train, valid)
+    assert apart.provenance["n_groups"] > 1
+    group = apart._weighing.groups.of(unseen)
+    assert pd.crosstab(group, unseen.obs["type"]).min(axis=1).max() == 0  # and no type was named
+    assert right(apart) > 0.95
+    assert right(Logistic(LogisticConfig(n_groups=1)).fit(train, valid)) < right(apart) - 0.1
+
+
+@pytest.mark.parametrize("exposures", [("DMSO", "RET_AGONIST"), ("DMSO", "LIVER-X", "RET")])
+def test_weights_of_groups_are_scikit_learns_on_inputs_that_stand_twice(exposures):
+    made = planted_cells(exposures=exposures, n_units=3, n_cells=30, n_genes=60, fold=2.0)
+    read = Expression.fit(made, "log").of(made)
+    truth = pd.Index(sorted(exposures)).get_indexer(pd.Index(made.obs["exposure"]))
+    group = np.random.default_rng(0).integers(0, 2, made.n_obs)
+    mean = np.stack([np.asarray(read[group == k].mean(axis=0)).ravel() for k in (0, 1)])
+    centred = read.toarray() - mean[group]
+    twice = np.hstack([centred, *(centred * (group == k)[:, None] for k in (0, 1))])
+    for ours, theirs in zip(
+        fit_grouped(read, mean, group, truth, [1.0, 0.1]),
+        fit_balanced(twice, truth, [1.0, 0.1]),
+        strict=True,
+    ):
+        common, *own = np.split(theirs.coefficients, 3, axis=1)
+        assert ours.has_converged
+        assert ours.coefficients == pytest.approx(np.stack([common + o for o in own]), abs=3e-3)
+        assert ours.intercept - ours.intercept.mean() == pytest.approx(
+            theirs.intercept - theirs.intercept.mean(), abs=3e-3
+        )
+
+
+def test_groups_are_found_among_control_cells_and_where_these_are_enough():
+    made = two_types()
+    latent = Latent.fit(made, width=5)
+    found = Groups.fit(latent, made, 2, control="DMSO", seed=0)
+    assert found is not None
+    exposed = made.copy()
+    is_exposed = (exposed.obs["exposure"] != "DMSO").to_numpy()
+    exposed.X = sparse.diags_array((~is_exposed).astype(np.float32)) @ exposed.X
+    again = Groups.fit(latent, exposed, 2, control="DMSO", seed=0)
+    np.testing.assert_array_equal(again.centres, found.centres)
+    few = made[: 2 * FEWEST_CELLS - 1].copy()
+    assert Groups.fit(latent, few, 2, control="DMSO", seed=0) is None
+    assert Groups.fit(latent, made, 2, control="no such", seed=0) is None
+    assert not Groups.single(latent).of(made).any()
+
+
+def test_groups_and_an_elastic_net_are_refused_together():
+    with pytest.raises(Refusal, match="L2 only"):
+        LogisticConfig.of({"n_groups": 2, "l1_share": 0.5}, where="models.logistic")
 
 
 # -- how genes are read -------------------------------------------------------------------------
