@@ -41,7 +41,7 @@ def test_every_model_meets_its_controls_once_and_the_board_says_so(fitted):
     jobs.leaderboard(root, controls="all")
     assert runs.finished(fitted, "control", {}) == kept  # nothing is fitted twice
     html = (fitted.local / "leaderboard.html").read_text()
-    assert "t-SNE" in html
+    assert "UMAP" in html
     with pytest.raises(Refusal, match="say all"):
         jobs.leaderboard(root, controls="some")
 

@@ -168,13 +168,15 @@ def test_a_map_shows_every_call_and_crosses_the_wrong_ones():
     assert np.isfinite(places.to_numpy()).all()
     again = report.lay_out(pd.DataFrame(np.zeros((3, 5)), index=["a", "b", "c"]))
     assert (again == 0).all().all()  # too few to lay out
+    alike = report.lay_out(pd.DataFrame(np.ones((30, 4))))
+    assert (alike == 0).all().all()
     figure = report.map_of_calls(table, places)
     drawn = sum(len(points.get_offsets()) for points in figure.axes[0].collections)
     assert drawn == 20
     probabilities = table.filter(regex="^p_").rename(columns=lambda c: c.removeprefix("p_"))
     right = (probabilities.idxmax(axis=1) == table["truth"]).mean()
     assert f"{right:.0%}" in words(figure)
-    assert "t-SNE" in words(figure)
+    assert "UMAP" in words(figure)
 
 
 def test_the_page_tells_figures_by_pathway_and_direction_and_maps_the_leader():
@@ -188,7 +190,7 @@ def test_the_page_tells_figures_by_pathway_and_direction_and_maps_the_leader():
         made, predictions={made.leader: table}, control="DMSO", vectors=vectors
     )
     assert_stands_alone(html)
-    for word in ("pathway", "direction", "ANTAGONIST", "PR-AUC", "t-SNE", "precision against"):
+    for word in ("pathway", "direction", "ANTAGONIST", "PR-AUC", "UMAP", "precision against"):
         assert word in html
 
 

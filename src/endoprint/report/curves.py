@@ -8,14 +8,14 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from sklearn.manifold import TSNE
 from sklearn.metrics import precision_recall_curve
 
 from endoprint import metrics
 from endoprint.report.ink import FAINT, SOFT, legend, paint, sheet
 
 MOST_MAPPED = 1000  # cells: more take long to lay out and hide each other
-PERPLEXITY = 30.0
+NEIGHBOURS = 15  # of a cell, on the map; umap-learn's own default
+FEWEST_MAPPED = 5  # cells; fewer have no layout
 
 
 def precision_recall(predictions: pd.DataFrame, *, control: str | None = None) -> Figure:
@@ -46,18 +46,24 @@ def precision_recall(predictions: pd.DataFrame, *, control: str | None = None) -
 
 
 def lay_out(vectors: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
-    """Return a place in the plane for every cell, columns x and y: t-SNE (van der Maaten 2008).
+    """Return a place in the plane for every cell, x and y (UMAP: McInnes 2018, arXiv 1802.03426).
 
     vectors: index cell id, one column per axis. At most `MOST_MAPPED` cells, drawn by the seed.
     """
     if len(vectors) > MOST_MAPPED:
         vectors = vectors.sample(MOST_MAPPED, random_state=seed).sort_index()
-    perplexity = min(PERPLEXITY, max(1.0, (len(vectors) - 1) / 3))
-    if len(vectors) < 4 or vectors.shape[1] < 2:
+    varies = int((vectors.std() > 0).sum())
+    if len(vectors) < FEWEST_MAPPED or varies < 2:  # no plane to lay them out in
         bare = np.zeros((len(vectors), 2))
         return pd.DataFrame(bare, index=vectors.index, columns=["x", "y"])
-    made = TSNE(2, perplexity=perplexity, init="pca", random_state=seed)
-    found = made.fit_transform(vectors.to_numpy(dtype=np.float64))
+    from umap import UMAP  # compiles itself for some seconds: only for who draws a map
+
+    known = vectors.to_numpy(dtype=np.float32)
+    # laid out from the first two axes on: of few cells the spectral start is not defined
+    made = UMAP(
+        n_neighbors=min(NEIGHBOURS, len(known) - 1), init="pca", random_state=seed, n_jobs=1
+    )
+    found = np.asarray(made.fit_transform(known), dtype=np.float64)
     return pd.DataFrame(found, index=vectors.index, columns=["x", "y"])
 
 
@@ -88,7 +94,7 @@ def map_of_calls(
                 )  # fmt: skip
     ax.set_xticks([])
     ax.set_yticks([])
-    ax.set_xlabel("t-SNE of the latent, first axis (no unit; distances far apart mean nothing)")
+    ax.set_xlabel("UMAP of the latent, first axis (no unit; distances far apart mean nothing)")
     ax.set_ylabel("second axis")
     if len(shown):
         legend(ax, "called (cross: wrongly)")

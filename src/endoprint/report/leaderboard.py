@@ -300,7 +300,7 @@ def _map(model: str, predictions: pd.DataFrame, vectors: pd.DataFrame, control: 
     return page.picture(
         curves.map_of_calls(predictions, curves.lay_out(vectors), control=control),
         alt=f"map of cells by what {model} called them",
-        caption="t-SNE (scikit-learn) of the first principal components. A picture: it was laid "
+        caption="UMAP of the first principal components. A picture: it was laid "
         "out on the very cells shown, and no model saw it.",
     )
 
