@@ -9,7 +9,7 @@ the tables. Every row is used by its defaults, one thread, one seed. Kinds:
 - `shuffled`: 2,400 cells at the easy difficulty, 2 lines x 6 cultures in two folds, so that twelve
   unseen units judge, true labels against permuted ones.
 - `real`: interferon by donor, dexamethasone (0, 1, 3 h) by plate; ENDOPRINT_SHARED has the files.
-- `calibration`: all six folds of `fold`'s middle difficulty.
+- `calibration`: all six folds of `fold`, at the easy and the middle difficulty; the oracle beside.
 - `edc`: weights of unknown mixtures against the truth, 100 cells a sample, two new units.
 """
 
@@ -83,7 +83,7 @@ def wanted() -> list[tuple[str, str, str]]:
         *(("fold", task, row) for task in DIFFICULTIES for row in ["oracle", *rows]),
         *(("shuffled", "easy", row) for row in rows),
         *(("real", task, row) for task in REAL for row in rows),
-        *(("calibration", "middle", row) for row in rows),
+        *(("calibration", task, row) for task in DIFFICULTIES[:2] for row in ["oracle", *rows]),
         *(("edc", task, "projection") for task in DIFFICULTIES),
     ]
 
@@ -95,30 +95,39 @@ def build(row: str) -> ExposureModel:
 
 @cache
 def atlas(difficulty: str) -> tuple[AnnData, Split, pd.DataFrame]:
-    """Return the atlas, its split, and the oracle's answers for the first fold's held-out unit."""
+    """Return the atlas, its split, and the oracle's answers for every cell."""
     config = SimulateConfig(difficulty=difficulty, pool_cells=0)  # type: ignore[arg-type]
     drawn = simulate(config, SEED)
     cells, _ = door.curate(drawn.cells, SIMULATED_CELLS)
     split = make_split(cells.obs, DesignConfig(n_test_units=0, n_folds=6), seed=SEED)
-    held_out = cells.obs_names[split.parts(cells.obs, 0).held_out]
-    known = drawn.cells[held_out].copy()
-    return cells, split, oracle(drawn.law, known, library=drawn.hidden["library"])
+    return cells, split, oracle(drawn.law, drawn.cells, library=drawn.hidden["library"])
 
 
 def fold(difficulty: str, row: str) -> dict[str, Any]:
     """Judge one row on one unseen unit."""
     cells, split, best = atlas(difficulty)
     if row == "oracle":
-        obs = cells.obs.loc[best.index]
-        truth = obs["exposure"].astype(str)
-        chance = controls.chance_macro_f1(truth, best.shape[1])
-        return {**metrics.summary(best, truth, obs["unit"].astype(str)), "chance": chance}
+        return of_oracle(best, cells.obs.iloc[split.parts(cells.obs, 0).held_out])
     return figures(judge.cross_fit(lambda: build(row), cells, split, folds=[0], seed=SEED))
+
+
+def of_oracle(best: pd.DataFrame, obs: pd.DataFrame) -> dict[str, Any]:
+    """Judge the simulator's own posterior on these cells, as rows are judged."""
+    truth, unit = obs["exposure"].astype(str), obs["unit"].astype(str)
+    best = best.loc[obs.index]
+    by_unit = {
+        name: float(metrics.summary(best.loc[at], truth[at], unit[at])["macro_f1"])
+        for name, at in obs.groupby(unit).groups.items()
+    }
+    chance = controls.chance_macro_f1(truth, best.shape[1])
+    return {**metrics.summary(best, truth, unit), "chance": chance, "by_unit": by_unit}
 
 
 def calibration(difficulty: str, row: str) -> dict[str, Any]:
     """Judge one row on every unit of the atlas."""
-    cells, split, _ = atlas(difficulty)
+    cells, split, best = atlas(difficulty)
+    if row == "oracle":
+        return of_oracle(best, cells.obs)
     return figures(judge.cross_fit(lambda: build(row), cells, split, seed=SEED))
 
 
@@ -272,11 +281,17 @@ def _tell_real(found: Found) -> None:
 
 
 def _tell_calibration(found: Found) -> None:
-    _print(["row", "units", "macro-F1", "ECE", "noise floor"], space=True)
-    for (kind, _, row), one in found.items():
-        if kind == "calibration":
-            _print([row, str(len(one["by_unit"])), f"{one['macro_f1']:.3f}", f"{one['ece']:.3f}",
-                    f"{one['ece_noise_floor']:.3f}"])  # fmt: skip
+    _print(["row", "units", "macro-F1", "share of the oracle's, by unit", "ECE", "floor"],
+           space=True)  # fmt: skip
+    for (kind, task, row), one in found.items():
+        best = found.get(("calibration", task, "oracle"))
+        if kind != "calibration" or best is None:
+            continue
+        shares = [(value - best["chance"]) / (best["by_unit"][unit] - best["chance"])
+                  for unit, value in one["by_unit"].items()]  # fmt: skip
+        told = f"{sum(shares) / len(shares):.2f} ({' '.join(f'{s:.2f}' for s in sorted(shares))})"
+        _print([f"{task}: {row}", str(len(shares)), f"{one['macro_f1']:.3f}", told,
+                f"{one['ece']:.3f}", f"{one.get('ece_noise_floor', 0.0):.3f}"])  # fmt: skip
 
 
 def _tell_edc(found: Found) -> None:
