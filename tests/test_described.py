@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from urllib.parse import parse_qs, urlsplit
 
@@ -35,14 +36,17 @@ def test_what_forbids_a_claim_stands_before_the_table() -> None:
 
 def test_above_a_tasks_runs_stands_its_best_figure_and_the_way_to_what_is_looked_for() -> None:
     board = Board(task="toy", table=TABLE, by_unit=UNITS)
-    said = headline(board, experiment="7", run_id="abc", versions="endoprint-toy")
+    tags = headline(board, experiment="7", run_id="abc", versions="endoprint-toy")
+    said = tags["mlflow.note.content"]
     assert "\n" not in said  # MLflow shows one line of it unless asked
     assert said.startswith("**macro-F1 0.750**, signature,")
     ways = dict(re.findall(r"\[([^]]+)\]\(#(\S+)\)", said))
     assert ways["leaderboard"].startswith("/experiments/7/runs/abc/artifacts/leaderboard.html")
-    asked = parse_qs(urlsplit(ways["models, best first"]).query)
-    assert asked["searchFilter"] == ["tags.kind = 'train'"]
-    assert asked["orderByKey"] == ["metrics.`macro_f1`"]
+    (view,) = parse_qs(urlsplit(ways["models, best first"]).query)["viewStateShareKey"]
+    assert (
+        "metrics.`macro_f1`"
+        in json.loads(tags[f"mlflow.sharedViewState.{view}"])["selectedColumns"]
+    )
     assert ways["versions"].startswith("/models/endoprint-toy")
 
 

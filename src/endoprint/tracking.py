@@ -59,7 +59,7 @@ SILENCE = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 LOUD = ("mlflow", "alembic")  # INFO lines on every new store, warnings about every model
-NOTE = "mlflow.note.content"  # Markdown that MLflow's UI shows above a run, or a task's runs
+NOTE = "mlflow.note.content"  # Markdown that MLflow's UI shows above a run
 # without it the UI takes a task's runs for those of a language application, and hides them
 TASK_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 PARAMS_PER_CALL, METRICS_PER_CALL = 100, 1000  # the server's limits (MLflow REST API, log-batch)
@@ -135,11 +135,10 @@ def experiment(workspace: Workspace, store: mlflow.MlflowClient) -> str:
 class Run:
     """One open run: what is logged through it lands there, from whichever thread."""
 
-    def __init__(self, store: mlflow.MlflowClient, run_id: str, experiment_id: str) -> None:
+    def __init__(self, store: mlflow.MlflowClient, run_id: str, where: str, name: str) -> None:
         self.run_id = run_id
         self.model_id: str | None = None  # set by `model`; later metrics are tied to it
-        self.experiment_id = experiment_id
-        self._store = store
+        self.experiment_id, self._store, self._name = where, store, name
 
     def params(self, values: Config | Mapping[str, Any], prefix: str = "") -> None:
         """Log the chosen values; nested ones as `outer.inner`."""
@@ -171,9 +170,10 @@ class Run:
         """Show a text in Markdown above what the run logged; the figure that matters first."""
         self.tags({NOTE: text})
 
-    def headline(self, text: str) -> None:
-        """Show a text in Markdown above all runs of the task, until the next one."""
-        self._store.set_experiment_tag(self.experiment_id, NOTE, text)
+    def of_task(self, tags: Mapping[str, str]) -> None:
+        """Set tags of the task itself: MLflow's UI shows them above all of its runs."""
+        for key, value in tags.items():
+            self._store.set_experiment_tag(self.experiment_id, key, value)
 
     def figure(self, name: str, figure: Figure | bytes | Path) -> None:
         """Keep a figure under `figures/`: a matplotlib figure, an image's bytes or its file."""
@@ -194,6 +194,10 @@ class Run:
         """Keep plain values, as JSON knows them, as `<name>.json`."""
         text = json.dumps(values, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
         self._file(f"{name.removesuffix('.json')}.json", text.encode())
+
+    def text(self, name: str, content: str) -> None:
+        """Keep text as a file."""
+        self._file(name, content.encode())
 
     def file(self, path: Path, folder: str = "") -> None:
         """Keep a file as it is."""
@@ -240,7 +244,7 @@ class Run:
         """
         logged = self._store.create_logged_model(
             self.experiment_id,
-            name=MODEL_FOLDER,
+            name=self._name,
             source_run_id=self.run_id,
             tags={"model_sha256": sha256, **(tags or {})},
             model_type=kind,
@@ -313,7 +317,7 @@ def run(
             raise turned_away(error) or error from None
         run_id = opened.info.run_id
         try:
-            yield Run(store, run_id, experiment_id)
+            yield Run(store, run_id, experiment_id, model or kind)
         except BaseException as error:  # closed whatever happened, then raised on
             line = without_secrets(f"{type(error).__name__}: {error}")
             store.set_tag(run_id, "error", line[:500])

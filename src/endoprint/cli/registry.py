@@ -57,12 +57,14 @@ def ui(
     as_json: Json = False,
 ) -> None:
     """Open MLflow's UI on the workspace's store, on this machine only, until Ctrl-C."""
-    from endoprint.services.plan import RUNS_PAGE
+    from endoprint import tracking
+    from endoprint.services.plan import runs_page
     from endoprint.workspace import Workspace
 
     space = Workspace.open(workspace)
     space.local.mkdir(parents=True, exist_ok=True)
-    address = f"http://127.0.0.1:{port}/{RUNS_PAGE}"
+    experiment = tracking.experiment(space, tracking.client(space))
+    address = runs_page(f"http://127.0.0.1:{port}", experiment)
     say({"address": address}, f"MLflow on {address}  (Ctrl-C stops it)", as_json)
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
     hosts = ",".join(f"{name}:{port}" for name in ("127.0.0.1", "localhost"))

@@ -38,7 +38,7 @@ def up(
         with running(plan, _event) as services:
             services.begin()
             show(_screen(jobs.status(str(workspace))))
-            typer.echo("Ctrl-C stops all of it.")
+            typer.echo(f"All of it answered after {services.seconds:.0f} s. Ctrl-C stops it.")
             services.keep()
     except Stopped:
         typer.echo("endoprint: all stopped; `endoprint up` goes on from here", err=True)

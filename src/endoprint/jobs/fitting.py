@@ -278,7 +278,7 @@ def leaderboard(workspace: str, *, controls: str = "") -> str:
         run.file(page)
         run.tags({"split_hash": split.hash, "leader": leader})
         run.description(described(board))
-        run.headline(
+        run.of_task(
             headline(
                 board,
                 experiment=run.experiment_id,

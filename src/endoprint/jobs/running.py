@@ -8,13 +8,18 @@ from endoprint.workspace import Workspace
 
 
 def recover(workspace: str) -> dict[str, Any]:
-    """Mark the runs of dead processes KILLED, and close a promotion that a crash cut short."""
+    """Mark the runs of dead processes KILLED, and close a promotion that a crash cut short.
+
+    `experiment`: the id of the task's, made on first use: `endoprint up` leads a person there.
+    """
     space = Workspace.open(workspace)
     from endoprint import registry, tracking
 
     closed = tracking.sweep(space)
+    experiment = tracking.experiment(space, tracking.client(space))
     with registry.lock(space):
-        return {"closed": closed, "promotion": registry.recover(space)}
+        promotion = registry.recover(space)
+    return {"closed": closed, "promotion": promotion, "experiment": experiment}
 
 
 def status(workspace: str) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
-from urllib.parse import urlencode
 
 from endoprint.report.board import Board, counted, plain, sentence, verdict
 
@@ -16,12 +16,15 @@ COLUMNS = {
     "ece": "ECE",
     "fit_seconds": "fit, s",
 }
-TRAINING = {"workflowType": "machine_learning"}  # MLflow's UI opens for language models else
-BEST_FIRST = {
+BEST_FIRST = {  # as MLflow's UI keeps a view that people share (seen in 3.17)
     "searchFilter": "tags.kind = 'train'",
     "orderByKey": "metrics.`macro_f1`",
-    "orderByAsc": "false",
-}
+    "orderByAsc": False,
+    "selectedColumns": [
+        "attributes.`Created`", "metrics.`auroc_macro`", "metrics.`ece`", "metrics.`macro_f1`",
+        "metrics.`worst_unit_macro_f1`",
+    ],
+}  # fmt: skip
 
 
 def described(board: Board) -> str:
@@ -43,18 +46,22 @@ def described(board: Board) -> str:
     return "\n".join(lines)
 
 
-def headline(board: Board, *, experiment: str, run_id: str, versions: str) -> str:
-    """Return what stands above all runs of a task: its best figure, and where to go from there.
+def headline(board: Board, *, experiment: str, run_id: str, versions: str) -> dict[str, str]:
+    """Return the task's tags: its best figure, where to go from there, and the table of models.
 
     `experiment`: its id; `run_id`: the leaderboard's; `versions`: the registered model's name.
     """
-    runs = f"#/experiments/{experiment}/runs"
-    ways = {
-        "leaderboard": f"{runs}/{run_id}/artifacts/leaderboard.html?{urlencode(TRAINING)}",
-        "models, best first": f"{runs}?{urlencode(TRAINING | BEST_FIRST)}",
-        "versions": f"#/models/{versions}?{urlencode(TRAINING)}",
+    runs, page = f"#/experiments/{experiment}/runs", "workflowType=machine_learning"
+    ways = {  # unless told, MLflow's UI shows what is of use to language models
+        "leaderboard": f"{runs}/{run_id}/artifacts/leaderboard.html?{page}",
+        "models, best first": f"{runs}?{page}&viewStateShareKey=models",
+        "versions": f"#/models/{versions}?{page}",
     }
-    return f"{_first(board)} " + " · ".join(f"[{name}]({way})" for name, way in ways.items())
+    links = " · ".join(f"[{name}]({way})" for name, way in ways.items())
+    return {
+        "mlflow.note.content": f"{_first(board)} {links}",
+        "mlflow.sharedViewState.models": json.dumps(BEST_FIRST),
+    }
 
 
 def fitted(

@@ -23,7 +23,6 @@ from endoprint.workspace import Workspace
 
 MLFLOW_PORT, PREFECT_PORT = 5000, 4200
 LOOPBACK = "127.0.0.1"
-RUNS_PAGE = "#/experiments?workflowType=machine_learning"  # MLflow's own first page is for chats
 WORKER_RUNS = 3  # at once: a promotion that waits for a person must not keep the inbox waiting
 SERVERS_OWN = (  # a worker, and whatever it runs, has no business with these
     "MLFLOW_AUTH_ADMIN_USERNAME", "MLFLOW_AUTH_ADMIN_PASSWORD", "MLFLOW_FLASK_SERVER_SECRET_KEY",
@@ -162,10 +161,7 @@ class Plan:
             own.setdefault("MLFLOW_AUTH_CONFIG_PATH", str(self._auth_ini()))
             own.setdefault("MLFLOW_AUTH_ADMIN_USERNAME", "admin")
         url = f"http://{LOOPBACK}:{self.mlflow_port}"
-        return Service(
-            "mlflow", tuple(command), own, f"{url}/{RUNS_PAGE}",
-            lambda _: answers(f"{url}/health"),
-        )  # fmt: skip
+        return Service("mlflow", tuple(command), own, url, lambda _: answers(f"{url}/health"))
 
     def _prefect(self) -> Service:
         url, port = f"http://{LOOPBACK}:{self.prefect_port}", str(self.prefect_port)
@@ -214,6 +210,11 @@ def checkout() -> Path:
             "name the checkout in ENDOPRINT_HOME",
         )
     return home.resolve()
+
+
+def runs_page(url: str, experiment: str) -> str:
+    """Return where MLflow's UI shows a task's runs; unless told, it opens for language models."""
+    return f"{url}/#/experiments/{experiment}?workflowType=machine_learning"
 
 
 def answers(url: str) -> bool:

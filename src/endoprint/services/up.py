@@ -23,7 +23,7 @@ from endoprint import progress
 from endoprint.alive import is_alive
 from endoprint.config import Refusal
 from endoprint.services import grants, processes
-from endoprint.services.plan import Plan, Service
+from endoprint.services.plan import Plan, Service, runs_page
 from endoprint.services.prefect_api import Prefect
 from endoprint.workspace import Workspace
 
@@ -32,7 +32,7 @@ SILENT_SECONDS = 120.0  # of a service that answered before: it hangs, and is st
 LOOK_SECONDS, CARE_SECONDS = 0.5, 10.0  # between looks at processes, and at what they answer
 CLOSING_SECONDS = 60.0  # for the runs of what was stopped to be closed
 LONGEST_PAUSE_SECONDS = 30.0  # between two starts of a service that keeps dying
-RECOVER = [sys.executable, "-c", "from endoprint.cli import main; main()", "recover"]
+RECOVER = [sys.executable, "-c", "from endoprint.cli import main; main()", "recover", "--json"]
 INBOX, SCORING = "inbox", "hourly-score"  # as in prefect.yaml
 Say = Callable[[str], None]
 
@@ -62,11 +62,13 @@ class Up:
         # what lay in the inbox when it was last scored, and at the last look: (name, size, time)
         self._inbox: list[tuple[str, int, int]] = []
         self._seen: list[tuple[str, int, int]] = []
+        self.runs_page = ""  # MLflow's, of this task
+        self.seconds = 0.0  # from the start until all of it answered
 
     # -- start ----------------------------------------------------------------------------------
     def begin(self) -> None:
         """Start the servers, close what dead processes left open, register, start the worker."""
-        plan = self.plan
+        plan, began = self.plan, time.monotonic()
         *servers, worker = plan.services
         (plan.space.local / "prefect").mkdir(parents=True, exist_ok=True)
         with progress.task("start", 4) as step:
@@ -83,12 +85,14 @@ class Up:
                 cleared = beside.submit(self._child, "recover", RECOVER)
                 self._register()
                 step(note="deployments registered")
-                cleared.result()
+                found = json.loads(cleared.result())
+            self.runs_page = runs_page(plan.mlflow_url, found["experiment"])
             step(note="crashes cleared up")
             self._reap(worker_started=time.time())
             self._start(worker)
             self._await([worker])
             step(note="a worker is ready")
+        self.seconds = time.monotonic() - began
         self._write()
 
     def _start(self, service: Service) -> Kept:
@@ -120,8 +124,8 @@ class Up:
         said = " | ".join(lines[-2:])[-300:] or "nothing"
         return Refusal(f"{name} starts and answers", f"none; its last words: {said}", f"see {log}")
 
-    def _child(self, name: str, command: Sequence[str], cwd: Path | None = None) -> None:
-        """Run a short process with a worker's environment; a failure of it is a refusal."""
+    def _child(self, name: str, command: Sequence[str], cwd: Path | None = None) -> str:
+        """Run a short process with a worker's environment; return what it printed, or refuse."""
         done = subprocess.run(
             command, env=self.plan.of_worker(), cwd=cwd or self.plan.space.root,
             capture_output=True, text=True, check=False,
@@ -131,6 +135,7 @@ class Up:
         if done.returncode:
             last = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
             raise Refusal(f"{name} succeeds", " | ".join(last[-2:])[-300:], f"see {log}")
+        return done.stdout
 
     def _register(self) -> None:
         """Register prefect.yaml once: again only when it changed, so that a pause is kept."""
@@ -226,13 +231,14 @@ class Up:
             "born": psutil.Process().create_time(),
             "workspace": str(plan.space.root),
             "mlflow": plan.mlflow_url,
+            "seconds_to_start": round(self.seconds, 1),
             "prefect": plan.prefect_url.removesuffix("/api"),
             "prefect_api": plan.prefect_url,
             "services": [
                 {
                     "name": kept.service.name,
                     "pid": kept.process.pid,
-                    "url": kept.service.url,
+                    "url": self.runs_page if kept.service.name == "mlflow" else kept.service.url,
                     "started": kept.started,
                 }
                 for kept in self.kept
