@@ -17,7 +17,7 @@ from endoprint import jobs, registry, scoring, tracking
 from endoprint.workspace import Workspace
 from lab import bare_workspace, fit_and_track, furnish
 
-N_TIMES = 427  # 20,496 cells, six parts, the last of sixteen cells
+N_TIMES = 214  # 10,272 cells, six parts, the last of 32 cells
 
 
 def before_a_scoring(folder: Path) -> Workspace:

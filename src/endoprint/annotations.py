@@ -81,6 +81,12 @@ def text(values: pd.Series) -> pd.Series:
         whole = values.dropna()
         if (whole % 1 == 0).all() and np.isfinite(whole).all():
             values = values.astype("Int64")
+    if pd.api.types.infer_dtype(values) == "string":
+        # few different words stand beside many cells; only of text is what is equal spelled alike
+        code, found = pd.factorize(values.to_numpy(dtype=object))
+        stripped = [word.strip() for word in found]
+        named = [None if word in MISSING else word for word in stripped] + [None]
+        return pd.Series(np.array(named, dtype=object)[code], values.index, dtype=object)
     words = values.astype(object).where(values.notna().to_numpy(), None)
     words = words.map(lambda value: None if value is None else str(value).strip())
     return words.where(~words.isin(MISSING), None).astype(object)

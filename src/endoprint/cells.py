@@ -238,7 +238,7 @@ def _convert(
     """Return all cells curated, and for each the reason to remove it ("" where none)."""
     total = sums(everything if panel.is_gene.all() else everything[:, panel.is_gene])
     counts = panel.collect(everything)
-    in_genes = sums(counts)
+    in_genes = total if counts is everything else sums(counts)
     report.count_coverage = float(in_genes.sum() / max(total.sum(), 1))
     flag = pd.Series("", index=known.index.astype(str), dtype=object)
     obs = annotate(known, config, labelled=labelled, flag=flag)
@@ -249,7 +249,7 @@ def _convert(
     obs["n_counts"] = total
     obs["n_genes"] = np.diff(counts.indptr).astype(np.int64)
     _flag_poor(flag, obs, counts, in_genes, panel, config)
-    var = pd.DataFrame(index=pd.Index(panel.genes))
+    var = pd.DataFrame(index=panel.index)
     if any(panel.symbols):
         var["symbol"] = panel.symbols
     return AnnData(X=counts, obs=obs, var=var), flag

@@ -28,6 +28,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 TARGET_SUM = 1e4  # counts per cell after scaling; the field's habit (scanpy, Geneformer)
 LEAST_GENE_SHARE = 0.05  # of a model's genes; cells with fewer ask another question (a guess)
 EXACT_IN_FLOAT32 = 2**24  # whole numbers above are no longer all representable
+LOOKED_AT = 1 << 16  # values checked at once: what fits a core's cache
 IMPOSSIBLE = (  # why a cell's values can be no counts
     "counts that are no numbers", "negative counts", "fractions among the counts",
     "a count too large to be one",
@@ -35,10 +36,11 @@ IMPOSSIBLE = (  # why a cell's values can be no counts
 REQUIRED = ("unit", "n_counts", "n_genes")
 
 
-def raw_counts(values: Any, *, where: str, remedy: str) -> sparse.csr_matrix:
+def raw_counts(values: Any, *, where: str, remedy: str, copy: bool = True) -> sparse.csr_matrix:
     """Return a copy of a matrix as raw counts (n, K), or refuse what counts can not be.
 
-    Takes dense, CSR or CSC of any number type; `where` and `remedy` word the refusal.
+    Takes dense, CSR or CSC of any number type; `where` and `remedy` word the refusal. Without
+    `copy` the result may share its arrays with `values`, which are then not to be changed.
     """
     rule = f"{where} must hold raw counts: whole numbers from zero"
     if getattr(values, "ndim", 2) != 2:
@@ -53,14 +55,13 @@ def raw_counts(values: Any, *, where: str, remedy: str) -> sparse.csr_matrix:
     data = stored.data
     if np.issubdtype(data.dtype, np.complexfloating):
         raise Refusal(rule, f"values of type {data.dtype}", remedy)
-    if not np.isfinite(data).all():
+    low, high, is_whole = _looked_at(data)
+    if not (np.isfinite(low) and np.isfinite(high)):  # one NaN is the least and the greatest
         bad = data[~np.isfinite(data)]
         raise Refusal(rule, f"{len(bad)} values such as {bad[0]}", remedy)
-    if len(data) and data.min() < 0:
-        raise Refusal(
-            rule, f"{int((data < 0).sum())} negative values such as {data.min()}", remedy
-        )
-    if not np.issubdtype(data.dtype, np.integer) and (data != np.rint(data)).any():
+    if low < 0:
+        raise Refusal(rule, f"{int((data < 0).sum())} negative values such as {low}", remedy)
+    if not is_whole:
         broken = data != np.rint(data)
         raise Refusal(
             rule,
@@ -68,23 +69,38 @@ def raw_counts(values: Any, *, where: str, remedy: str) -> sparse.csr_matrix:
             "(normalised or log-transformed?)",
             remedy,
         )
-    if len(data) and data.max() >= EXACT_IN_FLOAT32:
-        raise Refusal(rule, f"a count of {data.max():.0f}", "counts must be below 16,777,216")
-    counts = stored.astype(np.float32, copy=True)
-    counts.eliminate_zeros()
-    counts.sort_indices()
+    if high >= EXACT_IN_FLOAT32:
+        raise Refusal(rule, f"a count of {high:.0f}", "counts must be below 16,777,216")
+    counts = stored.astype(np.float32, copy=copy or low == 0)
+    if low == 0:
+        counts.eliminate_zeros()
+    counts.has_canonical_format = True  # as `stored` is: sorted, no entry twice
     return counts
+
+
+def _looked_at(data: Array) -> tuple[Any, Any, bool]:
+    """Return the least and the greatest value, NaN if there is one, and whether all are whole.
+
+    Some at a time: the memory that whole passes would take costs more than the passes.
+    """
+    parts = [data[start : start + LOOKED_AT] for start in range(0, len(data), LOOKED_AT)]
+    is_float = not (np.issubdtype(data.dtype, np.integer) or data.dtype == bool)
+    is_whole = not is_float or all(np.array_equal(part, np.rint(part)) for part in parts)
+    if not parts:
+        return 0, 0, True
+    low, high = np.array([(part.min(), part.max()) for part in parts]).T
+    return low.min(), high.max(), is_whole
 
 
 def possible_counts(values: Any, *, where: str, remedy: str) -> tuple[sparse.csr_matrix, Array]:
     """Return raw counts (n, K) and, per cell, why its values can be none ("" where they can).
 
     A cell that holds one impossible value is emptied, not mended. A matrix that holds no numbers
-    at all is refused, as by `raw_counts`.
+    at all is refused, as by `raw_counts`. The counts may share their arrays with `values`.
     """
     reason: Array = np.full(values.shape[0], "", dtype=object)
     try:
-        return raw_counts(values, where=where, remedy=remedy), reason
+        return raw_counts(values, where=where, remedy=remedy, copy=False), reason
     except Refusal:
         if values.ndim != 2 or not (values.dtype == bool or values.dtype.kind in "iuf"):
             raise

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,11 @@ class Panel:
     def coverage(self) -> float:
         """Share of the file's gene columns that were recognised."""
         return float((self.target[self.is_gene] >= 0).mean())
+
+    @cached_property
+    def index(self) -> pd.Index:
+        """The kept genes' ids as an index, whose look-up table serves every block of cells."""
+        return pd.Index(self.genes)
 
     @property
     def is_mitochondrial(self) -> Array:

@@ -280,7 +280,7 @@ def _csr(group: Any, start: int, stop: int, n_genes: int) -> sparse.csr_matrix:
             "check that the file was copied whole",
         )
     return sparse.csr_matrix(
-        (data, indices.astype(np.int32), (indptr - first).astype(np.int32)),
+        (data, indices.astype(np.int32, copy=False), (indptr - first).astype(np.int32)),
         shape=(len(indptr) - 1, n_genes),
     )
 

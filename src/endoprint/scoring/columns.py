@@ -53,6 +53,11 @@ COLUMNS = (
 TYPES = {"text": pa.string(), "number": pa.float64(), "whole": pa.int64(), "truth": pa.bool_()}
 
 
+def few_words(of: pa.Schema) -> list[str]:
+    """Return the columns of few different words: a dictionary is built for no other."""
+    return [each.name for each in of if pa.types.is_string(each.type) and each.name != "cell_id"]
+
+
 def schema(exposures: list[str]) -> pa.Schema:
     """Return the schema of scores that tell these exposures apart."""
     fields = []

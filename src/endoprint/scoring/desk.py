@@ -20,7 +20,7 @@ from threadpoolctl import threadpool_limits
 
 from endoprint.model import ExposureModel
 from endoprint.scoring import inputs
-from endoprint.scoring.columns import schema
+from endoprint.scoring.columns import few_words, schema
 from endoprint.scoring.inputs import Reading
 from endoprint.scoring.job import Job, Shard, scratch
 from endoprint.scoring.rows import rows
@@ -102,7 +102,13 @@ class Desk:
             table = rows(model, readings.of(shard).part(shard.start, shard.stop), same)
         beside = self.folder / f".{shard.name}.{os.getpid()}.part"
         # not compressed: it is read once more and goes; the checksums are for disks that err
-        pq.write_table(table, beside, compression="none", write_page_checksum=True)
+        pq.write_table(
+            table,
+            beside,
+            compression="none",
+            write_page_checksum=True,
+            use_dictionary=few_words(table.schema),
+        )
         os.replace(beside, self.folder / shard.name)
         readings.made.append(shard)
         self.n_computed += 1
@@ -149,7 +155,8 @@ class Desk:
         whole = self.folder / f".{SCORES}.{os.getpid()}.part"
         tally = Tally(self.job)
         wanted = schema(model.exposures)
-        with pq.ParquetWriter(whole, wanted, compression="zstd") as writer:
+        words = few_words(wanted)
+        with pq.ParquetWriter(whole, wanted, compression="zstd", use_dictionary=words) as writer:
             for shard in self.job.shards:
                 table = self._read(shard, wanted)
                 writer.write_table(table)
@@ -167,8 +174,9 @@ class Desk:
     def _read(self, shard: Shard, wanted: pa.Schema) -> pa.Table:
         path = self.folder / shard.name
         try:
-            table = pq.read_table(path, page_checksum_verification=True)
-        except (OSError, pa.ArrowInvalid):
+            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+                table = file.read(use_threads=False)  # of one part, they cost more than they save
+        except (OSError, ValueError, pa.ArrowException):  # also a name that is no text
             table = None
         if table is None or table.num_rows != shard.stop - shard.start or table.schema != wanted:
             path.unlink(missing_ok=True)

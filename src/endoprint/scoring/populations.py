@@ -70,7 +70,8 @@ def tell(
     columns = [f"p_{exposure}" for exposure in model.exposures]
     every = max(1, -(-job.n_cells // LOOKED_AT_FOR_DRIFT))
     seen = []
-    for shard, rows, population in _rows(job, out_dir, by):
+    wanted = ["unit", *columns, "abstain", *drift.QUANTITIES]
+    for shard, rows, population in _rows(job, out_dir, by, wanted):
         pools.add(
             population,
             rows["unit"].to_numpy(dtype=object),
@@ -106,7 +107,7 @@ def read_again(job: Job, out_dir: Path, *, by: str = SAMPLE) -> AnnData:
     quarantined. `obs` has `population`, `unit` and what else curation keeps.
     """
     chosen: dict[tuple[str, str], list[tuple[int, int, int]]] = {}
-    for shard, rows, population in _rows(job, out_dir, by):
+    for shard, rows, population in _rows(job, out_dir, by, ["unit", "quarantine"]):
         mark = pd.util.hash_array(rows["cell_id"].to_numpy(dtype=object), categorize=False)
         is_fine = (rows["quarantine"] == "").to_numpy()
         unit = rows["unit"].to_numpy(dtype=object)[is_fine]
@@ -144,12 +145,18 @@ def read_again(job: Job, out_dir: Path, *, by: str = SAMPLE) -> AnnData:
     return ad.concat(parts, join="outer", merge="same") if len(parts) > 1 else parts[0]
 
 
-def _rows(job: Job, out_dir: Path, by: str) -> Iterator[tuple[Shard, pd.DataFrame, Array]]:
-    """Yield every part's rows and the population of each cell; one row group is one part."""
+def _rows(
+    job: Job, out_dir: Path, by: str, columns: list[str]
+) -> Iterator[tuple[Shard, pd.DataFrame, Array]]:
+    """Yield every part's rows and the population of each cell; one row group is one part.
+
+    Of the rows, the cells' ids, their sample and `columns`.
+    """
+    wanted = ["cell_id", SAMPLE, *columns]
     with pq.ParquetFile(out_dir / SCORES) as file, ExitStack() as stack:
         opened: tuple[int, inputs.Reading | None] = (-1, None)
         for shard in job.shards:
-            rows = file.read_row_group(shard.number).to_pandas()
+            rows = file.read_row_group(shard.number, columns=wanted).to_pandas()
             if by == SAMPLE:
                 yield shard, rows, rows["sample"].to_numpy(dtype=object)
                 continue
