@@ -8,13 +8,14 @@ import textwrap
 from pathlib import Path
 from typing import Annotated
 
+import optuna
 import pytest
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 
 from endoprint.config import Config, Refusal
 from endoprint.model import Pruned
-from endoprint.search import Trial, n_finished, open_study, proposal, tune, winner
+from endoprint.search import Limits, Trial, n_finished, open_study, proposal, tune, winner
 
 
 class Parabola(Config):
@@ -22,13 +23,17 @@ class Parabola(Config):
     fixed: int = 3
 
 
+def begun(folder: Path) -> optuna.Study:
+    return open_study(folder / "s.log", "s", seed=0)
+
+
 def minus_square(trial: Trial) -> float:
     return -(trial.values["x"] ** 2)
 
 
 def test_the_chosen_values_are_tried_first_and_the_best_trial_wins(tmp_path):
-    study = open_study(tmp_path / "s.log", "s", seed=0)
-    tune(study, Parabola, {"x": 0.25}, minus_square, n_trials=6)
+    study = begun(tmp_path)
+    tune(study, Parabola, {"x": 0.25}, minus_square, limits=Limits(trials=6))
     assert study.trials[0].params == {"x": 0.25}
     assert n_finished(study) == 6
     assert abs(winner(study)["x"]) <= 0.25
@@ -36,8 +41,14 @@ def test_the_chosen_values_are_tried_first_and_the_best_trial_wins(tmp_path):
 
 def test_a_second_run_of_the_same_total_adds_nothing(tmp_path):
     for _ in range(2):
-        tune(open_study(tmp_path / "s.log", "s", seed=0), Parabola, {}, minus_square, n_trials=4)
-    assert len(open_study(tmp_path / "s.log", "s", seed=0).trials) == 4
+        tune(
+            begun(tmp_path),
+            Parabola,
+            {},
+            minus_square,
+            limits=Limits(trials=4),
+        )
+    assert len(begun(tmp_path).trials) == 4
 
 
 def test_a_killed_search_is_finished_to_the_exact_total(tmp_path):
@@ -46,12 +57,13 @@ def test_a_killed_search_is_finished_to_the_exact_total(tmp_path):
         import os, signal, sys
         from pathlib import Path
         sys.path.insert(0, sys.argv[2])
-        from test_search import Parabola, minus_square, open_study, tune
+        from test_search import Limits, Parabola, minus_square, open_study, tune
         def objective(trial):
             if trial.number == 2:
                 os.kill(os.getpid(), signal.SIGKILL)
             return minus_square(trial)
-        tune(open_study(Path(sys.argv[1]), "s", seed=0), Parabola, {}, objective, n_trials=5)
+        study = open_study(Path(sys.argv[1]), "s", seed=0)
+        tune(study, Parabola, {}, objective, limits=Limits(trials=5))
         """
     )
     journal = tmp_path / "s.log"
@@ -60,7 +72,7 @@ def test_a_killed_search_is_finished_to_the_exact_total(tmp_path):
     assert died.returncode == -signal.SIGKILL
     study = open_study(journal, "s", seed=0)
     assert n_finished(study) == 2
-    tune(study, Parabola, {}, minus_square, n_trials=5)
+    tune(study, Parabola, {}, minus_square, limits=Limits(trials=5))
     states = [trial.state for trial in study.trials]
     assert n_finished(study) == 5
     assert states.count(TrialState.FAIL) == 1  # the killed one, closed and not counted
@@ -73,8 +85,8 @@ def test_a_failing_trial_is_recorded_and_the_study_goes_on(tmp_path):
             raise FloatingPointError("loss is not finite")
         return minus_square(trial)
 
-    study = open_study(tmp_path / "s.log", "s", seed=0)
-    tune(study, Parabola, {}, objective, n_trials=3)
+    study = begun(tmp_path)
+    tune(study, Parabola, {}, objective, limits=Limits(trials=3))
     failed = study.get_trials(states=(TrialState.FAIL,))
     assert [t.user_attrs["error"] for t in failed] == ["FloatingPointError: loss is not finite"]
     assert n_finished(study) == 3
@@ -84,8 +96,14 @@ def test_three_failures_in_a_row_stop_the_search_in_one_line(tmp_path):
     def objective(trial: Trial) -> float:
         raise RuntimeError("always")
 
-    with pytest.raises(Refusal, match="three failures in a row, the last: always"):
-        tune(open_study(tmp_path / "s.log", "s", seed=0), Parabola, {}, objective, n_trials=9)
+    with pytest.raises(Refusal, match="three failures in a row, the last: RuntimeError: always"):
+        tune(
+            begun(tmp_path),
+            Parabola,
+            {},
+            objective,
+            limits=Limits(trials=9),
+        )
 
 
 def test_a_hopeless_trial_is_pruned_by_epoch(tmp_path):
@@ -95,8 +113,8 @@ def test_a_hopeless_trial_is_pruned_by_epoch(tmp_path):
             trial.watch(epoch, {"valid_macro_f1": level})
         return level
 
-    study = open_study(tmp_path / "s.log", "s", seed=0)
-    tune(study, Parabola, {}, objective, n_trials=6)
+    study = begun(tmp_path)
+    tune(study, Parabola, {}, objective, limits=Limits(trials=6))
     assert [t.state for t in study.trials[4:]] == [TrialState.PRUNED] * 2
 
 
@@ -108,7 +126,7 @@ def test_a_proposal_changes_only_the_model_and_keeps_comments(tmp_path):
     file = tmp_path / "params.yaml"
     before = "task: t # why\nmodels:\n  logistic: {}\n  geneformer:\n    lr: 0.1   # peak\n"
     file.write_text(before)
-    diff = proposal(file, "geneformer", {"lr": 0.2})
+    diff = proposal(file, {"geneformer": {"lr": 0.2}})
     assert [line for line in diff.splitlines() if line[0] in "+-"][2:] == [
         "-    lr: 0.1   # peak",
         "+    lr: 0.2   # peak",
@@ -121,4 +139,10 @@ def test_a_model_without_ranges_is_refused(tmp_path):
         a: int = 1
 
     with pytest.raises(Refusal, match="fields with ranges"):
-        tune(open_study(tmp_path / "s.log", "s", seed=0), Fixed, {}, minus_square, n_trials=1)
+        tune(
+            begun(tmp_path),
+            Fixed,
+            {},
+            minus_square,
+            limits=Limits(trials=1),
+        )

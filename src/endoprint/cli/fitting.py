@@ -9,6 +9,7 @@ import typer
 
 from endoprint import jobs
 from endoprint.cli import Folder, Json, app, say, show
+from endoprint.config import Refusal
 
 
 @app.command()
@@ -48,14 +49,45 @@ def backbones(workspace: Folder = Path(), as_json: Json = False) -> None:
 
 @app.command()
 def search(
-    model: Annotated[str, typer.Argument(help="a row of `endoprint models`")],
-    trials: Annotated[int, typer.Option(help="trials, earlier runs' included")] = 20,
+    model: Annotated[str, typer.Argument(help="a row of `endoprint models`, or all")],
+    trials: Annotated[
+        int | None,
+        typer.Option(min=1, help="earlier runs' included; none: as params.yaml says"),
+    ] = None,
+    budget: Annotated[
+        str, typer.Option(help="time of fitting, earlier runs' included: 2h, 90m, 1h30m")
+    ] = "",
+    target: Annotated[float, typer.Option(help="stop at this macro-F1, such as 0.9")] = 0.0,
+    objective: Annotated[
+        str, typer.Option(help="quality, or quality-cost: macro-F1 and processor seconds")
+    ] = "",
+    workers: Annotated[int, typer.Option(min=1, help="processes on the one study")] = 1,
+    offer: Annotated[
+        bool, typer.Option("--offer", help="refit the winner, judge it, make it @candidate")
+    ] = False,
     workspace: Folder = Path(),
     as_json: Json = False,
 ) -> None:
-    """Tune a model on development units; prints the winner as a diff of params.yaml."""
-    run = jobs.search(str(workspace), model=model, trials=trials)
-    result = jobs.search_result(str(workspace), model=model)
+    """Tune a model on development units; prints the winner as a diff of params.yaml.
+
+    It ends at whichever limit comes first, and goes on from where an earlier run was stopped.
+    `all` tunes the whole field under one budget, so that tuned models are compared.
+    """
+    folder = str(workspace)
+    if model == "all":
+        if trials or target or objective or workers > 1 or offer:
+            raise Refusal("a search of all has a budget alone", "more", "say --budget 2h")
+        run = jobs.search_all(folder, budget=budget)
+        result = jobs.search_all_result(folder, run)
+    else:
+        run = jobs.search(
+            folder, model=model, trials=trials or 0, budget=budget, target=target,
+            objective=objective, workers=workers,
+        )  # fmt: skip
+        result = jobs.search_result(folder, model=model, objective=objective)
+    if offer:
+        offered = jobs.offer(folder, model=model)
+        result = result | offered | {"text": f"{result['text']}\n{offered['said']}"}
     say({"run_id": run} | result, result["text"], as_json)
 
 

@@ -36,12 +36,14 @@ from endoprint.jobs.inbox import score_inbox
 from endoprint.jobs.live import gc
 from endoprint.jobs.negatives import strangers, strangers_of
 from endoprint.jobs.nights import end_night, night, wants_pretraining
+from endoprint.jobs.offering import offer
 from endoprint.jobs.pretraining import backbone_of, backbones, pretrain
 from endoprint.jobs.records import history, lineage, plan, seen, verify, who
 from endoprint.jobs.reproducing import reproduce
 from endoprint.jobs.running import has_files, recover, status
 from endoprint.jobs.scoring import evaluate_scores, plan_scoring, score, score_part
 from endoprint.jobs.searching import search, search_result
+from endoprint.jobs.searching_all import search_all, search_all_result
 from endoprint.jobs.sharing import pull
 from endoprint.jobs.story import (
     Step,
@@ -78,6 +80,7 @@ __all__ = [
     "lineage",
     "model_names",
     "night",
+    "offer",
     "plan",
     "plan_scoring",
     "prepare",
@@ -93,6 +96,8 @@ __all__ = [
     "score_inbox",
     "score_part",
     "search",
+    "search_all",
+    "search_all_result",
     "search_result",
     "seen",
     "simulate",

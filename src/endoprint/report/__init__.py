@@ -21,6 +21,13 @@ from endoprint.report.ink import png
 from endoprint.report.leaderboard import leaderboard, leaderboard_page, to_text
 from endoprint.report.scores import scores_page
 from endoprint.report.story import Outcome, story_screen
+from endoprint.report.study import (
+    described_search,
+    search_front,
+    search_history,
+    search_importance,
+    search_slices,
+)
 
 __all__ = [
     "Board",
@@ -29,6 +36,7 @@ __all__ = [
     "confusion",
     "cost_quality",
     "described",
+    "described_search",
     "design_notes",
     "fitted",
     "headline",
@@ -45,6 +53,10 @@ __all__ = [
     "reliability",
     "roc",
     "scores_page",
+    "search_front",
+    "search_history",
+    "search_importance",
+    "search_slices",
     "sentence",
     "story_screen",
     "to_text",
