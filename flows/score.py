@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from typing import Any
 
-from prefect import State, flow, task
+from prefect import Flow, State, flow, task
 from prefect.states import Completed
 
 from endoprint import jobs
+from endoprint.config import Refusal
 from flows.care import HOUR_SECONDS, NOTED, TRIED_AGAIN
 
+DASK = "ENDOPRINT_DASK"  # a scheduler's address, for example tcp://scheduler:8786
 LONG: dict[str, Any] = {"timeout_seconds": 24 * HOUR_SECONDS, **TRIED_AGAIN}
 
 
@@ -39,15 +43,35 @@ def score_with_workers(
     model: str = "",
     workers: int = 2,
 ) -> str:
-    """Score one job with many workers, wherever the flow's task runner starts them.
+    """Score one job with many workers: of Dask where ENDOPRINT_DASK says so, else of this machine.
 
-    With `prefect-dask`: `score_with_workers.with_options(task_runner=DaskTaskRunner(...))`. All
-    must see the workspace and `out` under the same paths; a part is made by whoever claims it.
+    All must see the workspace and `out` under the same paths; a part is made by whoever claims it.
     """
     planned = task(jobs.plan_scoring, name="plan scoring", **LONG)
     plan = planned(workspace, file=file, out=out, model=model)
+    spread(score_parts)(workspace, plan=plan, workers=workers)
+    return score(workspace, file=file, out=out, model=model)
+
+
+@flow(**NOTED)
+def score_parts(workspace: str, plan: str, workers: int) -> list[int]:
+    """Let workers make a planned job's parts, each once; return how many each made."""
     part = task(jobs.score_part, name="score part", **LONG)
     shares = [part.submit(workspace, plan=plan, begin=97 * i) for i in range(workers)]
-    for share in shares:
-        share.result()
-    return score(workspace, file=file, out=out, model=model)
+    return [share.result() for share in shares]
+
+
+def spread(parts: Flow[..., Any]) -> Flow[..., Any]:
+    """Return a flow whose tasks run on Dask's workers, if there is an address of a scheduler."""
+    address = os.environ.get(DASK, "")
+    if not address:
+        return parts
+    if importlib.util.find_spec("prefect_dask") is None:
+        raise Refusal(
+            f"{DASK} names a scheduler for prefect-dask",
+            f"{address}, and no prefect-dask here",
+            "pip install 'endoprint[dask]', or unset it",
+        )
+    from prefect_dask import DaskTaskRunner
+
+    return parts.with_options(task_runner=DaskTaskRunner(address=address))

@@ -57,7 +57,9 @@ def test_the_inbox_is_one_job(flows: Any, monkeypatch: pytest.MonkeyPatch) -> No
 def test_workers_share_one_plan_begin_apart_and_one_command_finishes(
     flows: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv(flows.DASK, raising=False)
     monkeypatch.setattr(flows, "score", flows.score.fn)
+    monkeypatch.setattr(flows, "score_parts", flows.score_parts.fn)
     flows.score_with_workers.fn("w", file="new.h5ad", out="out", workers=3)
     names = [name for name, _ in FakeTask.called]
     assert names == ["plan scoring", *["score part"] * 3, *["waited"] * 3, "score"]

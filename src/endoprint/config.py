@@ -25,6 +25,10 @@ class Refusal(ValueError):
         line = f"{rule}; got {got}; {remedy}"
         super().__init__(" ".join(line.split()))
 
+    def __reduce__(self) -> tuple[type[Refusal], tuple[str, str, str]]:
+        """Come back whole from a worker in another process."""
+        return type(self), (self.rule, self.got, self.remedy)
+
 
 class Config(BaseModel):
     """Typed, frozen values that refuse a typo; search ranges stand in the annotations.
