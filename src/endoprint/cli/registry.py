@@ -86,7 +86,7 @@ def gc(
     workspace: Folder = Path(),
     as_json: Json = False,
 ) -> None:
-    """Say (or delete) what no version needs: failed and killed runs, stale journals."""
+    """Say (or delete) what nobody needs: failed runs, scratch, parts of scorings given up."""
     found = jobs.gc(str(workspace), delete=delete)
     verb = "deleted" if delete else "would delete"
     text = "\n".join(f"{verb} {what}" for what in found["items"]) or "nothing to delete"

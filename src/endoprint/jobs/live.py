@@ -8,9 +8,10 @@ from endoprint.workspace import Workspace
 
 
 def gc(workspace: str, *, delete: bool = False) -> dict[str, Any]:
-    """Find (or delete) what no version needs: failed and killed runs, scratch, old backbones."""
+    """Find (or delete) what nobody needs: failed and killed runs, scratch, given-up scorings."""
     space = Workspace.open(workspace)
     from endoprint import runs, tracking
+    from endoprint.scoring import abandoned
 
     closed = tracking.sweep(space)
     unneeded, scratch = runs.unneeded(space), runs.scratch(space)
@@ -18,7 +19,11 @@ def gc(workspace: str, *, delete: bool = False) -> dict[str, Any]:
     items += [f"scratch of run {path.name}" for path in scratch]
     torn = runs.torn(space)
     items += [f"half-written {path.relative_to(space.root)}" for path in torn]
+    given_up = abandoned.abandoned(space.root)
+    when = f"given up over {abandoned.KEPT_DAYS:.0f} days ago"
+    items += [f"{path.relative_to(space.root)}, of a scoring {when}" for path in given_up]
     if delete:
         runs.delete(space, list(unneeded))
         runs.clear([*scratch, *torn])
+        abandoned.remove(given_up)
     return {"items": items, "closed": closed, "deleted": delete}

@@ -20,6 +20,7 @@ from threadpoolctl import threadpool_limits
 
 from endoprint.model import ExposureModel
 from endoprint.scoring import inputs
+from endoprint.scoring.abandoned import remove
 from endoprint.scoring.columns import few_words, schema
 from endoprint.scoring.inputs import Reading
 from endoprint.scoring.job import Job, Shard, scratch
@@ -211,18 +212,7 @@ def _join(folder: Path) -> int:
 
 def _clear(out_dir: Path, job: Job) -> None:
     """Remove the parts of jobs in this folder that nobody works on: of this, and dead ones."""
-    for folder in out_dir.glob(".job-*"):
-        try:
-            handle = os.open(folder, os.O_RDONLY)
-        except FileNotFoundError:
-            continue
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
-        except BlockingIOError:
-            continue  # another worker is still at it
-        finally:
-            os.close(handle)
+    remove(list(out_dir.glob(".job-*")))  # but where another worker is still at it
     for each in job.inputs:
         if not any(out_dir.glob(".job-*")):
             shutil.rmtree(out_dir / f".rows-{each.signature[:16]}", ignore_errors=True)
