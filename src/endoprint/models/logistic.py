@@ -10,8 +10,8 @@ where nothing but sampling scatters counts (.79 on that atlas) and worse in real
 Cell types answer one exposure differently, so every group of like cells (`groups`) may have
 weights of its own, held to common ones by the same penalty (regularised multi-task learning:
 Evgeniou & Pontil 2004, KDD, p. 109). How many groups is decided on validation cells too: two on
-that atlas (.79 to .82) and on interferon (.990 to .991, two donors), none on dexamethasone in one
-cell line.
+that atlas (.79 to .82) and on interferon (.989 with them and without), none on dexamethasone in
+one cell line.
 
 n cells, G genes, E exposures, K groups, D latent width.
 """
