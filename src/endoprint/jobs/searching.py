@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 OBJECTIVES: tuple[Objective, ...] = ("quality", "quality-cost")
 GRACE_SECONDS = 60.0  # for a further process to see that the study is over
-DESCRIPTION = "mlflow.note.content"  # Markdown that MLflow's UI shows above a run
 
 
 def search(
@@ -165,7 +164,8 @@ class _Fit:
             except Pruned as error:
                 # FINISHED, and marked: it did what was asked of it, and its curve is worth
                 # keeping. KILLED is what a crash leaves, which `endoprint gc` deletes
-                run.tags({"pruned": True, DESCRIPTION: f"given up: {error}"})
+                run.tags({"pruned": True})
+                run.description(f"given up: {error}")
                 given_up = error
             else:
                 run.metrics(judged.metrics)
@@ -233,7 +233,7 @@ def report(space: Workspace, tuning: Tuning, parent: Run) -> None:
         parent.figure("front", drawn.search_front(table, on_front, best=result["trial"]))
     said = drawn.described_search(result, table, shares)
     parent.tags({"study": study.study_name, "tuned_trials": result["n_finished"]})
-    parent.tags({DESCRIPTION: said})
+    parent.description(said)
 
 
 def search_result(workspace: str, *, model: str, objective: str = "") -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from endoprint import progress
 from endoprint.config import Refusal
 from endoprint.jobs.materials import cells_and_split
-from endoprint.jobs.searching import DESCRIPTION, Tuning, news_of, report
+from endoprint.jobs.searching import Tuning, news_of, report
 from endoprint.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def search_all(workspace: str, *, budget: str) -> str:
         first = result["models"][0]
         if first["macro_f1"] is not None:
             parent.metrics({"best_macro_f1": first["macro_f1"]})
-        parent.tags({DESCRIPTION: _described(result)})
+        parent.description(_described(result))
     return parent.run_id
 
 
