@@ -23,7 +23,7 @@ from children import MAIN, environment
 from conftest import TINY, a_workspace
 from standing import Standing
 from test_schedule import free_port
-from test_up import begun
+from torture_services import KINDS, Site, torture
 
 PROGRAMS = postgres_folder()
 pytestmark = [
@@ -129,16 +129,14 @@ def test_another_machine_pulls_the_same_bytes_and_scores_with_the_same_champion(
     assert (there / "scores/scores.parquet").is_file()
 
 
-def test_a_night_outlives_a_restart_of_the_database(shared_services: Shared) -> None:
+def test_a_kill_of_each_kind_at_a_random_moment_is_recovered_without_a_hand(
+    shared_services: Shared,
+) -> None:
     ports = ("--mlflow-port", str(free_port()), "--prefect-port", str(free_port()))
     up = Standing(shared_services.space, *ports, extra=shared_services.environment)
     try:
-        run_id = begun(up)
-        shared_services.database.stop(at_once=True)  # as a power cut would
-        shared_services.database.start()
-        assert up.finished(run_id)["state_name"] == "Completed", up.log()
-        ask = shared_services.database.psql
-        assert ask("select count(*) from runs where status = 'RUNNING'", "mlflow") == "0"
+        site = Site(up, shared_services.database, n_trials=PARAMS["search"]["trials"])
+        assert torture(site, len(KINDS), seed=1, say=print) == [], up.log()
     finally:
         up.stop()
     assert up.family == []
