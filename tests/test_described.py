@@ -52,9 +52,9 @@ def test_above_a_tasks_runs_stands_its_best_figure_and_the_way_to_what_is_looked
 
 def test_a_models_run_says_its_figure_then_every_unit() -> None:
     metrics = {"macro_f1": 0.5, "ece": float("nan"), "fit_seconds": 12.0, "f1_DMSO": 1.0}
-    said = fitted(metrics, {"u1": 0.4, "u2": 0.6}).splitlines()
-    assert said[0].startswith("**macro-F1 0.500** on 2 held-out development units.")
-    assert "12" in said[0]
-    assert said[-2:] == ["| u1 | 0.400 |", "| u2 | 0.600 |"]
+    said = fitted(metrics, {"L|1": 0.4, "L|2": 0.6}).splitlines()
+    assert said[0].startswith("**macro-F1 0.500** on 2 held-out development units,")
+    assert said[0].endswith(", 12 s a fit.")
+    assert said[-2:] == [r"| L\|1 | 0.400 |", r"| L\|2 | 0.600 |"]
     assert "nan" not in "".join(said)
     assert fitted({}, {"p": 0.1}, part="part").startswith("**no macro-F1** on 1 held-out")

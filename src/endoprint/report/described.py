@@ -14,7 +14,7 @@ COLUMNS = {
     "worst_unit_macro_f1": "worst unit",
     "auroc_macro": "AUROC",
     "ece": "ECE",
-    "fit_seconds": "fit, s",
+    "fit_seconds": "fit (s)",
 }
 BEST_FIRST = {  # as MLflow's UI keeps a view that people share (seen in 3.17)
     "searchFilter": "tags.kind = 'train'",
@@ -42,7 +42,7 @@ def described(board: Board) -> str:
     ]
     for name, row in board.ranked.iterrows():
         figures = " | ".join(_said(row[column]) for column in known)
-        lines.append(f"| {name} | {figures} | {board.told_apart(str(name))} |")
+        lines.append(f"| {_cell(name)} | {figures} | {board.told_apart(str(name))} |")
     return "\n".join(lines)
 
 
@@ -75,15 +75,17 @@ def fitted(
     figure = known.pop("macro_f1", None)
     said = "no macro-F1" if figure is None else f"macro-F1 {figure:.3f}"
     known.pop("worst_unit_macro_f1", None)  # the table has it
-    rest = "; ".join(f"{COLUMNS[name]} {_said(value)}" for name, value in known.items())
+    seconds = known.pop("fit_seconds", None)
+    rest = "".join(f", {COLUMNS[name]} {_said(value)}" for name, value in known.items())
+    rest += "" if seconds is None else f", {_said(seconds)} s a fit"
     lines = [
-        f"**{said}** on {counted(len(by_unit), f'held-out development {part}')}. {rest}",
+        f"**{said}** on {counted(len(by_unit), f'held-out development {part}')}{rest}.",
         "",
         f"Each {part} was judged by a fit that never saw it; the test units stayed shut.",
         "",
         f"| {part} | macro-F1 |",
         "|---|---:|",
-        *(f"| {name} | {_said(value)} |" for name, value in by_unit.items()),
+        *(f"| {_cell(name)} | {_said(value)} |" for name, value in by_unit.items()),
     ]
     return "\n".join(lines)
 
@@ -94,6 +96,11 @@ def _first(board: Board) -> str:
     return (
         f"**{figure}**, {board.leader}, on held-out development {board.part}s of `{board.task}`."
     )
+
+
+def _cell(name: object) -> str:
+    """Return a name that a table of Markdown holds: units are called `line|replicate`."""
+    return str(name).replace("|", "\\|")
 
 
 def _said(value: object) -> str:
