@@ -14,10 +14,27 @@ from scipy import sparse
 
 from conftest import planted_cells
 from endoprint import jobs, registry, scoring, tracking
+from endoprint.cells import CellsConfig
+from endoprint.model import ExposureModel
 from endoprint.workspace import Workspace
 from lab import bare_workspace, fit_and_track, furnish
 
 N_TIMES = 214  # 10,272 cells, six parts, the last of 32 cells
+
+
+def score(
+    model: ExposureModel,
+    version: registry.Version,
+    where: str | Path,
+    out: Path,
+    *,
+    cells: CellsConfig,
+    layout: scoring.Layout | None = None,
+    watch: scoring.Watch = scoring.silent,
+) -> scoring.ScoreSummary:
+    """Plan a job and do it, as one worker."""
+    job = scoring.plan(model, version, where, out, cells=cells, layout=layout)
+    return scoring.score_job(model, job, out, watch=watch)
 
 
 def before_a_scoring(folder: Path) -> Workspace:

@@ -205,17 +205,21 @@ def test_an_artefact_as_logged_is_sound(sound: tuple[Path, str]) -> None:
     assert artefact.check(place, sha256=sha256) == place / "data/model"
 
 
+def refused(name: str, place: Path, canary: Path, open_it: Callable[[Path], object]) -> None:
+    """Tamper with the artefact in a place; opening it is one line, and runs nothing of it."""
+    TAMPERINGS[name](place, canary)
+    with pytest.raises(Refusal) as refusal:
+        open_it(place)
+    assert "\n" not in str(refusal.value)
+    assert not canary.exists()
+
+
 @pytest.mark.parametrize("name", TAMPERINGS)
 def test_a_tampered_artefact_is_refused_before_anything_of_it_runs(
     sound: tuple[Path, str], tmp_path: Path, canary: Path, name: str
 ) -> None:
-    place = tmp_path / "artefact"
-    shutil.copytree(sound[0], place)
-    TAMPERINGS[name](place, canary)
-    with pytest.raises(Refusal) as refusal:
-        artefact.check(place, sha256=sound[1])
-    assert "\n" not in str(refusal.value)
-    assert not canary.exists()
+    copy = shutil.copytree(sound[0], tmp_path / "artefact")
+    refused(name, copy, canary, lambda place: artefact.check(place, sha256=sound[1]))
 
 
 def opened_as_if_registered(place: Path) -> ExposureModel:
@@ -236,13 +240,8 @@ def test_a_forged_digest_lets_no_broken_or_foreign_artefact_through(
     sound: tuple[Path, str], tmp_path: Path, canary: Path, name: str
 ) -> None:
     """Whoever can edit the version's tag as well still brings nothing that runs."""
-    place = tmp_path / "artefact"
-    shutil.copytree(sound[0], place)
-    TAMPERINGS[name](place, canary)
-    with pytest.raises(Refusal) as refusal:
-        opened_as_if_registered(place)
-    assert "\n" not in str(refusal.value)
-    assert not canary.exists()
+    copy = shutil.copytree(sound[0], tmp_path / "artefact")
+    refused(name, copy, canary, opened_as_if_registered)
 
 
 @pytest.mark.parametrize(
@@ -260,11 +259,7 @@ def test_what_was_tampered_with_in_the_store_never_comes_here(
     registered: Workspace, tmp_path: Path, canary: Path, name: str
 ) -> None:
     space = moved_copy(registered, tmp_path / "space")
-    TAMPERINGS[name](place_of(space), canary)
-    with pytest.raises(Refusal) as refusal:
-        load_version(space, "1")
-    assert "\n" not in str(refusal.value)
-    assert not canary.exists()
+    refused(name, place_of(space), canary, lambda place: load_version(space, "1"))
     kept = [path for path in (space.local / "models").glob("*") if path.is_dir()]
     assert kept == []
 

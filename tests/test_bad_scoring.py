@@ -19,8 +19,9 @@ from endoprint.cells import CellsConfig
 from endoprint.config import Refusal
 from endoprint.models.logistic import Logistic, LogisticConfig
 from endoprint.registry import Version
-from endoprint.scoring import NO_GENES, SCORES, Layout, ScoreSummary, score
+from endoprint.scoring import NO_GENES, SCORES, Layout, ScoreSummary
 from files import write_10x, write_mtx
+from scoring_story import score
 
 KEYS = {"sample_key": "sample", "unit_keys": ["unit"]}
 

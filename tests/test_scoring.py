@@ -23,8 +23,9 @@ from endoprint.curated import md5
 from endoprint.model import ExposureModel
 from endoprint.models.logistic import Logistic, LogisticConfig
 from endoprint.registry import Version
-from endoprint.scoring import Layout, ScoreSummary, score
+from endoprint.scoring import Job, Layout, ScoreSummary
 from files import write_10x, write_mtx
+from scoring_story import score
 
 KEYS = CellsConfig(sample_key="sample", unit_keys=["unit"])
 
@@ -417,13 +418,21 @@ def test_calls_too_unsure_are_withheld(
 
 
 # -- several workers, and files damaged between -------------------------------------------------
-def test_two_workers_at_once_make_each_part_once_and_the_same_bytes(
+@pytest.fixture
+def planned(
     run: Callable[..., ScoreSummary], model: Logistic, version: Version, tmp_path: Path
-) -> None:
+) -> tuple[Path, Job, ScoreSummary]:
+    """A folder for scores, a job of 18 parts, and what one worker makes of it elsewhere."""
     path = written(raw_cells(n_cells=30), tmp_path / "new.h5ad")
-    alone = run(path, tmp_path / "alone", shard_cells=10)
     out, layout = tmp_path / "out", Layout(shard_cells=10)
     job = scoring.plan(model, version, path, out, cells=KEYS, layout=layout)
+    return out, job, run(path, tmp_path / "alone", shard_cells=10)
+
+
+def test_two_workers_at_once_make_each_part_once_and_the_same_bytes(
+    planned: tuple[Path, Job, ScoreSummary], model: Logistic
+) -> None:
+    out, job, alone = planned
 
     def work(begin: int) -> int:
         with scoring.desk(out, job) as own:
@@ -439,12 +448,9 @@ def test_two_workers_at_once_make_each_part_once_and_the_same_bytes(
 
 
 def test_only_missing_parts_are_made_again_and_a_damaged_one_is(
-    run: Callable[..., ScoreSummary], model: Logistic, version: Version, tmp_path: Path
+    planned: tuple[Path, Job, ScoreSummary], model: Logistic
 ) -> None:
-    path = written(raw_cells(n_cells=30), tmp_path / "new.h5ad")
-    alone = run(path, tmp_path / "alone", shard_cells=10)
-    out, layout = tmp_path / "out", Layout(shard_cells=10)
-    job = scoring.plan(model, version, path, out, cells=KEYS, layout=layout)
+    out, job, alone = planned
     with scoring.desk(out, job) as own:
         own.work(model, watch=lambda done, total: None)
         assert own.n_computed == 18

@@ -11,9 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from endoprint.cells import CellsConfig
 from endoprint.model import ExposureModel
-from endoprint.registry import Version
 from endoprint.scoring.columns import COLUMNS, NO_ANSWER, NO_GENES, schema
 from endoprint.scoring.desk import Damaged, Desk, Watch, desk
 from endoprint.scoring.job import Job, Layout, Shard, plan
@@ -35,7 +33,6 @@ __all__ = [
     "finished",
     "plan",
     "schema",
-    "score",
     "score_job",
 ]
 
@@ -51,27 +48,6 @@ def nothing_else(summary: ScoreSummary) -> list[str]:
     return []
 
 
-def score(
-    model: ExposureModel,
-    version: Version,
-    where: str | Path,
-    out_dir: Path,
-    *,
-    cells: CellsConfig,
-    layout: Layout | None = None,
-    watch: Watch = silent,
-) -> ScoreSummary:
-    """Score a file, every file of a folder, or of a pattern, into `out_dir`.
-
-    `scores.parquet` has one row per cell (`columns`), `summary.json` says that it is whole. The
-    same job again changes nothing; another job replaces the old one whole. `watch(done, total)`
-    counts cells.
-    """
-    out_dir = Path(out_dir)
-    job = plan(model, version, where, out_dir, cells=cells, layout=layout)
-    return score_job(model, job, out_dir, watch=watch)
-
-
 def score_job(
     model: ExposureModel,
     job: Job,
@@ -82,6 +58,10 @@ def score_job(
     describe: Describe = nothing_else,
 ) -> ScoreSummary:
     """Do what is missing of a job, beside whoever else works on it; return what it came to.
+
+    `scores.parquet` has one row per cell (`columns`), `summary.json` says that it is whole. The
+    same job again changes nothing; another job replaces the old one whole. `watch(done, total)`
+    counts cells.
 
     `describe(summary)` writes what stands beside the scores, which tells of the populations of
     column `by`, and returns the names of its files; the summary is written after them.
