@@ -8,6 +8,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated
 
 import numpy as np
@@ -171,7 +172,7 @@ def test_a_model_without_ranges_is_refused(tmp_path):
         )
 
 
-# -- limits -------------------------------------------------------------------------------------
+# -- limits ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("said", "seconds"), [("2h", 7200), ("90m", 5400), ("1h30m", 5400), ("1.5h", 5400), ("7s", 7)]
 )
@@ -199,7 +200,8 @@ def test_without_a_budget_the_default_bounds_the_trials_also_of_a_target():
 
 def test_a_budget_counts_the_time_of_all_runs_and_finishes_the_last_trial(tmp_path, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr("endoprint.search.tuning.time.monotonic", lambda: clock[0])
+    watch = SimpleNamespace(monotonic=lambda: clock[0])
+    monkeypatch.setattr("endoprint.search.tuning.time", watch)
 
     def ten_seconds(trial: Trial) -> float:
         clock[0] += 10.0
@@ -215,7 +217,8 @@ def test_a_budget_counts_the_time_of_all_runs_and_finishes_the_last_trial(tmp_pa
 
 def test_a_failed_trial_spends_its_time_too(tmp_path, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr("endoprint.search.tuning.time.monotonic", lambda: clock[0])
+    watch = SimpleNamespace(monotonic=lambda: clock[0])
+    monkeypatch.setattr("endoprint.search.tuning.time", watch)
 
     def objective(trial: Trial) -> float:
         clock[0] += 10.0
@@ -499,7 +502,8 @@ def test_the_better_half_goes_on_and_a_model_without_a_figure_is_the_worst():
 
 def test_the_best_within_a_time_is_the_same_however_long_the_study_went_on(tmp_path, monkeypatch):
     clock, figures = [0.0], [0.1, 0.3, 0.2, 0.9]
-    monkeypatch.setattr("endoprint.search.tuning.time.monotonic", lambda: clock[0])
+    watch = SimpleNamespace(monotonic=lambda: clock[0])
+    monkeypatch.setattr("endoprint.search.tuning.time", watch)
 
     def ten_seconds(trial: Trial) -> float:
         clock[0] += 10.0
