@@ -79,7 +79,7 @@ class EncoderModel(ExposureModel):
         self.provenance |= about | said
         if self.config.has_votes:
             self.provenance["note"] = (
-                f"each gene also votes directly, which is no part of {type(self).__name__}"
+                "each gene also votes directly, which is no part of the published model"
             )
 
     def _learn_all(

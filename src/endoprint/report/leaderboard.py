@@ -98,12 +98,12 @@ def few_units(board: Board) -> list[RenderableType]:
     if not 0 < len(board.by_unit) < FEWEST_FOR_INTERVAL:
         return []
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    table.add_column(f"held-out {board.part}", overflow="fold")
-    models = [str(name) for name in board.ranked.index if name in board.by_unit]
-    for model in models:
-        table.add_column(Text(f"{model}\nmacro-F1"), justify="right")
-    for unit, row in board.by_unit.iterrows():
-        table.add_row(Text(str(unit)), *(_cell(row[model], _three) for model in models))
+    table.add_column(f"macro-F1 by held-out {board.part}", overflow="fold")
+    for unit in board.by_unit.index:  # few, while models may be many
+        table.add_column(Text(str(unit)), justify="right", overflow="fold")
+    for model in map(str, board.ranked.index):
+        if model in board.by_unit:
+            table.add_row(Text(model), *(_cell(each, _three) for each in board.by_unit[model]))
     return [Text(), table]
 
 
