@@ -47,7 +47,8 @@ def leave_a_note(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) -> 
     """
     if flow_run.parent_task_run_id is not None:
         return  # the flow that called this one says it
-    error = state.result(raise_on_failure=False)
+    # a crash carries no error of the flow's own, but Prefect makes one up
+    error = None if state.is_crashed() else state.result(raise_on_failure=False)
     if isinstance(error, Refusal):
         reason, step = f"{error.rule}; got {error.got}", error.remedy
     elif isinstance(error, BaseException):

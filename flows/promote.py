@@ -10,7 +10,7 @@ from prefect.settings import get_current_settings
 from pydantic import BaseModel, Field
 
 from endoprint import jobs
-from flows.care import NOTED, TRIED_AGAIN
+from flows.care import HOUR_SECONDS, NOTED, TRIED_AGAIN
 
 WAIT_SECONDS = 7 * 24 * 3600  # as long as somebody may be away; then the version stays held
 
@@ -29,8 +29,9 @@ def promote(workspace: str = ".", version: str = "", wait: bool = False) -> str:
     `wait`: where the policy asks for a person and every gate is passed, this run pauses until
     somebody resumes it in Prefect's UI.
     """
-    chosen = version or task(jobs.register, name="register", **TRIED_AGAIN)(workspace)
-    verdict: str = task(jobs.promote, name="promote", **TRIED_AGAIN)(workspace, version=chosen)
+    hour = {"timeout_seconds": HOUR_SECONDS, **TRIED_AGAIN}
+    chosen = version or task(jobs.register, name="register", **hour)(workspace)
+    verdict: str = task(jobs.promote, name="promote", **hour)(workspace, version=chosen)
     if not wait or not jobs.waits_for_approval(workspace, verdict=verdict):
         return verdict
     approver = whom_the_server_knows()
@@ -39,7 +40,8 @@ def promote(workspace: str = ".", version: str = "", wait: bool = False) -> str:
         get_run_logger().warning("held: Prefect's server asks nobody who they are; %s", remedy)
         return verdict
     word = pause_flow_run(wait_for_input=Word, timeout=WAIT_SECONDS, key="approval")
-    return task(jobs.approve, name="approve")(
+    # not tried again: a word is given once; where acting on it fails, the person is asked anew
+    return task(jobs.approve, name="approve", timeout_seconds=HOUR_SECONDS)(
         workspace, version=chosen, why=word.why, declined=not word.approve, vouched=approver
     )
 

@@ -8,9 +8,10 @@ import time
 from prefect import flow, runtime, task
 
 from endoprint import jobs
+from flows.care import NOTED
 
 
-@flow
+@flow(**NOTED)  # no step is tried again: whoever asked for a story waits for it
 def story(workspace: str = ".") -> str:
     """Walk the job list from cells to scored cells; return the path of `story.json`."""
     began = time.time()

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import importlib
 import importlib.util
 import inspect
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from children import endoprint
+from children import ROOT, endoprint
 from conftest import planted_cells
 from endoprint import jobs, tracking
 from endoprint.config import Refusal
@@ -188,6 +192,109 @@ def test_only_what_may_pass_by_itself_is_tried_again(
     ]  # fmt: skip
     assert [is_passing(error) for error in passing] == [True] * 3
     assert [is_passing(error) for error in lasting] == [False] * 6
+
+
+def every_flow() -> dict[str, Any]:
+    """Each flow of ours by its name."""
+    from prefect import Flow
+
+    names = [path.stem for path in (ROOT / "flows").glob("*.py") if path.stem != "__init__"]
+    modules = [importlib.import_module(f"flows.{name}") for name in names]
+    found = [each for module in modules for each in vars(module).values()]
+    return {each.name: each for each in found if isinstance(each, Flow)}
+
+
+@needs_prefect
+def test_every_flow_that_fails_or_crashes_leaves_a_note(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    from flows.care import leave_a_note
+
+    found = every_flow()
+    assert found.keys() >= {"nightly", "prepare", "train", "promote", "search", "story"}
+    for flow in found.values():
+        assert leave_a_note in flow.on_failure_hooks, flow.name
+        assert leave_a_note in flow.on_crashed_hooks, flow.name
+
+
+@needs_prefect
+def test_a_note_says_what_why_and_the_next_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    from flows import care
+    from prefect.states import Crashed, exception_to_failed_state
+
+    noted: list[dict[str, Any]] = []
+
+    class Artifact:
+        def __init__(self, **said: Any) -> None:
+            noted.append(said)
+
+        def create(self) -> None: ...
+
+    monkeypatch.setattr(care, "TableArtifact", Artifact)
+    run = SimpleNamespace(parent_task_run_id=None, id="1")
+
+    def note(state: Any) -> dict[str, str]:
+        care.leave_a_note(every_flow()["nightly"], run, state)
+        assert noted[-1]["key"] == "failure"
+        (row,) = noted[-1]["table"]
+        assert row["what"] == "nightly"
+        return dict(row)
+
+    def failed(error: Exception) -> Any:
+        return asyncio.run(exception_to_failed_state(error))
+
+    refused = note(failed(Refusal("cells are counts", "logarithms", "pass the raw layer")))
+    assert refused["reason"] == "cells are counts; got logarithms"
+    assert refused["next step"] == "pass the raw layer"
+    broken = note(failed(ValueError("no such shape")))
+    assert broken["reason"] == "ValueError: no such shape"
+    assert "logs" in broken["next step"]
+    assert "goes on by itself" in note(Crashed(message="killed"))["next step"]
+    care.leave_a_note(every_flow()["train"], SimpleNamespace(parent_task_run_id="0"), Crashed())
+    assert len(noted) == 3  # a flow within a flow leaves the word to the outer one
+
+
+@needs_prefect
+def test_every_long_step_ends_in_time_and_is_tried_again_but_a_persons_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    (tmp_path / "params.yaml").write_text(
+        "task: toy\ncells: {source: a}\npretrain: {epochs: 1}\nmodels: {a: {}}\n"
+    )
+    settings: dict[str, dict[str, Any]] = {}
+
+    def task(job: Any, *, name: str, **said: Any) -> Any:
+        settings[name] = said
+        first = {"changed": "data", "last": "", "key": "k"}
+        return lambda *given, **words: first if name == "what changed" else "1"
+
+    found = every_flow()
+    for flow in found.values():
+        monkeypatch.setattr(importlib.import_module(flow.fn.__module__), "task", task)
+    nightly, promote = (
+        importlib.import_module(f"flows.{name}") for name in ("nightly", "promote")
+    )
+    monkeypatch.setattr(nightly, "create_markdown_artifact", lambda *a, **b: None)
+    for name in ("prepare", "pretrain", "train", "promote"):
+        monkeypatch.setattr(nightly, name, found[name].fn)
+    monkeypatch.setattr(jobs, "waits_for_approval", lambda *a, **b: True)
+    monkeypatch.setattr(jobs, "has_files", lambda *a, **b: True)
+    monkeypatch.setattr(promote, "whom_the_server_knows", lambda: "ann")
+    word = SimpleNamespace(approve=True, why="read")
+    monkeypatch.setattr(promote, "pause_flow_run", lambda **said: word)
+    for name in ("nightly", "search", "score", "score-inbox"):
+        found[name].fn(str(tmp_path))
+    found["promote"].fn(str(tmp_path), wait=True)
+    quick = {"what changed", "remember the night"}  # they read and write one small file
+    assert settings.keys() >= quick | {"prepare", "train a", "promote", "approve", "score inbox"}
+    for name in settings.keys() - quick:
+        assert 0 < settings[name]["timeout_seconds"] <= 24 * 3600, name
+        assert settings[name].get("retries", 0) == (0 if name == "approve" else 3), name
 
 
 @needs_prefect
