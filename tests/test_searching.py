@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -196,15 +199,29 @@ def test_a_second_trial_of_a_frozen_prefix_computes_no_activation(
 
 
 @pytest.mark.slow
-def test_further_processes_run_exactly_what_is_asked_under_one_run(small: Workspace) -> None:
+def test_further_processes_run_exactly_what_is_asked_under_one_run(
+    small: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from endoprint import judge
+
+    real = judge.cross_fit
+
+    def after_another(*given: Any, **words: Any) -> Any:
+        """Let the lead's own trials wait for one of another process: those begin seconds later."""
+        deadline = time.monotonic() + 300
+        while {x.data.tags["pid"] for x in runs_of(small, "trial")} == {str(os.getpid())}:
+            assert time.monotonic() < deadline, "no further process ran a trial"
+            time.sleep(0.5)
+        return real(*given, **words)
+
+    monkeypatch.setattr(judge, "cross_fit", after_another)
     run_id = jobs.search(str(small.root), model="neighbours", trials=7, workers=3)
-    study = study_of(small, "neighbours")
-    assert search.n_finished(study) == 7
-    trials = runs_of(small, "trial")
-    finished = [run for run in trials if run.info.status == "FINISHED"]
+    assert search.n_finished(study_of(small, "neighbours")) == 7
+    finished = [run for run in runs_of(small, "trial") if run.info.status == "FINISHED"]
     assert len(finished) == 7
     assert {run.data.tags["mlflow.parentRunId"] for run in finished} == {run_id}
     assert len({run.data.tags["pid"] for run in finished}) > 1
+    assert multiprocessing.active_children() == []
 
 
 @pytest.mark.slow

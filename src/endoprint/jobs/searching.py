@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -205,7 +205,8 @@ def _help(
 ) -> None:
     """Run trials of a study that another process leads, until it is over or the lead is gone."""
     tuning = Tuning.of(Workspace.open(workspace), model, objective)
-    tuning.run(limits, parent, is_wanted=lambda: os.getppid() == lead)
+    with suppress(Refusal):  # the lead meets the same, and says it
+        tuning.run(limits, parent, is_wanted=lambda: os.getppid() == lead)
 
 
 # -- what it came to ------------------------------------------------------------------------------
@@ -318,7 +319,8 @@ def n_trials_behind(space: Workspace, model: str, config: Config) -> int:
             values = optuna_search.winner(study)
         except Refusal:
             continue  # no trial came to an end
-        if all(said[name] == value for name, value in values.items()):
+        # what a trial was not asked, its fit chose for itself
+        if all(said[name] == values.get(name) for name in config.search_space()):
             chosen.append(n_trials)
     return max(chosen)
 

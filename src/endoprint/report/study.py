@@ -109,12 +109,14 @@ def _slice(ax: Axes, done: pd.DataFrame, name: str, range_: Any, best: int | Non
         values = values.astype(str).map(spelled.index)
         ax.set_xticks(range(len(spelled)), spelled)
         ax.set_xlim(-0.6, len(spelled) - 0.4)
+    else:
+        ax.set_xlim(range_.low, range_.high)  # all that may be tried, not what was
     values = values.astype(float)
     if getattr(range_, "log", False):
         ax.set_xscale("log")
         ax.xaxis.set_minor_formatter(NullFormatter())
     quality = done.loc[values.index, "macro_f1"]
-    ax.scatter(values, quality, s=26, color=COMPLETE, alpha=0.75, lw=0)
+    ax.scatter(values, quality, s=26, color=COMPLETE, alpha=0.75, lw=0, clip_on=False)
     if best is not None and best in values.index:
         ax.scatter(values[best], quality[best], s=150, marker="*", color=FAILED, zorder=4)
     ax.set_xlabel(name, fontsize=10, color=INK)

@@ -30,6 +30,7 @@ from endoprint.search.study import (
     n_finished,
     seconds_spent,
 )
+from endoprint.spelled import without_secrets
 
 Figures = float | tuple[float, float]  # macro-F1, and processor seconds where they count
 WAIT_SECONDS = 1.0  # between two looks at what others do
@@ -123,7 +124,8 @@ def _run(study: Study, asked: Asked, objective: Fit) -> bool:
         study.tell(asked, state=TrialState.PRUNED)
     except (ArithmeticError, MemoryError, RuntimeError, ValueError) as error:
         asked.set_user_attr(SECONDS, seconds())
-        asked.set_user_attr(ERROR, f"{type(error).__name__}: {error}"[:500])  # never hidden
+        said = without_secrets(f"{type(error).__name__}: {error}")
+        asked.set_user_attr(ERROR, said[:500])  # never hidden
         study.tell(asked, state=TrialState.FAIL)
         return False
     else:
