@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prefect import State, flow, task
+from prefect import State, flow, runtime, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.states import Completed
 
@@ -29,7 +29,8 @@ def nightly(workspace: str = ".", force: bool = False) -> str | State[str]:
     prepare(workspace)
     if jobs.wants_pretraining(workspace):
         pretrain(workspace)
-    train(workspace, night=f"{night['key']}{'-again' if force else ''}")
+    # one forced night is one flow run, however often that is taken up again
+    train(workspace, night=f"forced {runtime.flow_run.id}" if force else night["key"])
     verdict = promote(workspace)
     task(jobs.end_night, name="remember the night")(workspace, night=night)
     changed = night["changed"] or "nothing, but told to"

@@ -298,6 +298,32 @@ def test_every_long_step_ends_in_time_and_is_tried_again_but_a_persons_word(
 
 
 @needs_prefect
+def test_a_forced_night_keeps_its_name_when_it_is_taken_up_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # killed after it was remembered and before Prefect heard of its end: nothing is fitted again
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    nightly = importlib.import_module("flows.nightly")
+    named: list[str] = []
+    keys = iter("abcdef")
+    found = {"changed": "", "last": "then"}
+
+    def task(job: Any, *, name: str) -> Any:
+        return lambda *given, **words: {**found, "key": next(keys)}
+
+    monkeypatch.setattr(nightly, "task", task)
+    monkeypatch.setattr(jobs, "wants_pretraining", lambda workspace: False)
+    monkeypatch.setattr(nightly, "create_markdown_artifact", lambda *a, **b: None)
+    monkeypatch.setattr(nightly, "prepare", lambda workspace: None)
+    monkeypatch.setattr(nightly, "promote", lambda workspace: "verdict")
+    monkeypatch.setattr(nightly, "train", lambda workspace, night: named.append(night))
+    for run_id in ("1", "1", "2"):
+        monkeypatch.setenv("PREFECT__FLOW_RUN_ID", run_id)
+        nightly.nightly.fn(str(tmp_path), force=True)
+    assert named[0] == named[1] != named[2]
+
+
+@needs_prefect
 def test_hooks_name_their_arguments_as_prefects_worker_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -141,6 +141,7 @@ class Plan:
             "PREFECT_LOGGING_LEVEL": "INFO",  # what a run's page in Prefect's UI shows
             "PREFECT_WORKER_QUERY_SECONDS": "5",
             "PREFECT_CLIENT_MAX_RETRIES": "7",  # four minutes, as MLflow's: a server is restarted
+            "PREFECT_CLIENT_RETRY_EXTRA_CODES": "500",  # its answer while the database is away
         }
 
     # -- the three ------------------------------------------------------------------------------
