@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import signal
@@ -59,10 +60,14 @@ class Standing:
         return next(each["pid"] for each in self.told["services"] if each["name"] == name)
 
     def ask(self, what: str, payload: dict[str, Any] | None = None) -> Any:
+        headers = {"content-type": "application/json"}
+        login = self.environment.get("PREFECT_API_AUTH_STRING")
+        if login:
+            headers["authorization"] = "Basic " + base64.b64encode(login.encode()).decode()
         request = urllib.request.Request(
             f"{self.told['prefect_api']}/{what}",
             None if payload is None else json.dumps(payload).encode(),
-            {"content-type": "application/json"},
+            headers,
         )
         for attempt in range(6):
             try:

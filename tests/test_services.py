@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import md5
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,17 +57,21 @@ class Shared:
             env={**environment(), **self.environment}, check=False, timeout=600,
         )  # fmt: skip
 
-    def kept(self, bucket: str) -> list[str]:
+    @property
+    def store(self) -> Any:
         import boto3
 
-        store = boto3.client(
+        return boto3.client(
             "s3",
             endpoint_url=self.environment["AWS_ENDPOINT_URL"],
             aws_access_key_id=self.environment["AWS_ACCESS_KEY_ID"],
             aws_secret_access_key=self.environment["AWS_SECRET_ACCESS_KEY"],
             region_name=self.environment["AWS_DEFAULT_REGION"],
         )
-        return [row["Key"] for row in store.list_objects_v2(Bucket=bucket).get("Contents", [])]
+
+    def kept(self, bucket: str) -> list[str]:
+        found = self.store.list_objects_v2(Bucket=bucket)
+        return [row["Key"] for row in found.get("Contents", [])]
 
 
 @pytest.fixture(scope="module")
@@ -155,3 +160,7 @@ def test_no_password_is_in_any_file_run_or_table(shared_services: Shared) -> Non
     for path in files:
         content = path.read_bytes()
         assert not [each for each in secrets if each in content], path
+    stored = shared_services.store
+    for key in shared_services.kept("lab"):
+        content = stored.get_object(Bucket="lab", Key=key)["Body"].read()
+        assert not [each for each in secrets if each in content], key

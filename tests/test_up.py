@@ -12,6 +12,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -21,8 +22,10 @@ import pytest
 from children import endoprint
 from conftest import TINY, a_workspace
 from endoprint import tracking
+from endoprint.services.plan import AUTH_SECRETS
 from endoprint.workspace import Workspace
 from standing import Standing, kill, until
+from test_schedule import free_port
 
 pytestmark = [
     pytest.mark.service,
@@ -72,7 +75,10 @@ def test_a_fresh_workspace_has_all_of_it_answering_soon(up: Standing) -> None:
     for name in ("mlflow", "prefect", "worker", "nightly", "weekly-search"):
         assert name in said
     assert answer(up.told["mlflow"]) == 200
-    assert answer(up.told["prefect"] + "/api/health") == 200
+    assert answer(up.told["prefect"]) == answer(up.told["prefect"] + "/api/health") == 200
+    assert f"answered after {up.told['seconds_to_start']:.0f} s" in said
+    pages = {each["name"]: each["url"] for each in up.told["services"]}
+    assert pages["mlflow"].startswith(up.told["mlflow"] + "/#/experiments/")
 
 
 def test_a_name_that_is_not_this_machines_is_turned_away(up: Standing) -> None:
@@ -230,6 +236,37 @@ def test_nothing_left_this_machine(up: Standing) -> None:
     lines = up.network.read_text().splitlines()
     assert sum(line.startswith("watched") for line in lines) > 10
     assert [line for line in lines if line.startswith("refused")] == []
+
+
+# -- doors with locks ----------------------------------------------------------------------------
+def test_with_passwords_both_servers_let_in_who_has_one_and_no_secret_is_written(
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("flask_wtf", reason="the services extra is not installed")
+    roles = [f"ENDOPRINT_{role}_PASSWORD" for role in ("READER", "TRAINER", "PROMOTER")]
+    planted = {name: f"planted-{token_hex(12)}" for name in (*AUTH_SECRETS, *roles)}
+    login = f"ann:planted-{token_hex(12)}"
+    planted |= dict.fromkeys(("PREFECT_SERVER_API_AUTH_STRING", "PREFECT_API_AUTH_STRING"), login)
+    models: dict[str, Any] = {"logistic": {}}
+    params = {key: value for key, value in TINY.items() if key != "pretrain"} | {"models": models}
+    ports = ("--mlflow-port", str(free_port()), "--prefect-port", str(free_port()))
+    up = Standing(a_workspace(tmp_path / "space", params=params), *ports, extra=planted)
+    try:
+        assert answer(up.told["mlflow"] + "/api/2.0/mlflow/experiments/search") == 401
+        assert answer(up.told["prefect"] + "/api/admin/version") == 401
+        ended = up.finished(up.begin("nightly"))  # by a trainer, then by a promoter
+        assert ended["state_name"] == "Completed", up.log()
+        assert json.loads((up.space / ".endoprint/verdict.json").read_text())["decision"]
+        words = [each.partition(":")[2] or each for each in planted.values()]
+        said = [word for each in up.family for word in each.cmdline()]
+        assert not [word for word in words if any(word in each for each in said)]
+    finally:
+        up.stop()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"mlflow-auth.db", "prefect.db", "worker.txt"} <= {path.name for path in files}
+    for path in files:
+        content = path.read_bytes()
+        assert not [word for word in words if word.encode() in content], path
 
 
 def test_ports_that_are_taken_are_left_to_those_who_have_them(tmp_path: Path) -> None:
