@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from endoprint.cells import CellsConfig
 from endoprint.config import Refusal
 from endoprint.models.logistic import Logistic, LogisticConfig
 from endoprint.registry import Version
-from endoprint.scoring import NO_GENES, SCORES, Layout, ScoreSummary
+from endoprint.scoring import NO_GENES, SCORES, Layout, ScoreSummary, late
 from files import write_10x, write_mtx
 from scoring_story import score
 
@@ -122,6 +123,18 @@ def cut(share: float) -> Make:
     def make(path: Path) -> None:
         raw_cells().write_h5ad(path)
         path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+
+    return make
+
+
+def zarr_without(name: str) -> Make:
+    """A store of which the values of one array have not been copied yet."""
+
+    def make(path: Path) -> None:
+        raw_cells().write_zarr(path)
+        for each in (path / name).rglob("*"):
+            if each.is_file() and not each.name.startswith((".z", "zarr.json")):
+                each.unlink()
 
     return make
 
@@ -237,6 +250,11 @@ REFUSED: dict[str, tuple[Make, str, dict[str, object]]] = {
         "",
         {},
     ),
+    "a zarr without its counts": (zarr_without("X/data"), "0 of 1 parts of data", {}),
+    "a zarr without its genes' numbers": (zarr_without("X/indices"), "parts of indices", {}),
+    "a zarr without its row pointers": (zarr_without("X/indptr"), "that end elsewhere", {}),
+    "a pipe": (os.mkfifo, "neither at", {}),
+    "a link to nowhere": (lambda path: path.symlink_to("nowhere"), "none at", {}),
     "files of one name": (twice, "in several folders", {}),
 }
 
@@ -316,3 +334,33 @@ def test_a_bad_cell_is_set_aside_with_a_reason_and_the_others_are_scored(
 
 def test_enough_was_tried() -> None:
     assert len(REFUSED) + len(SET_ASIDE) >= 40
+
+
+# -- where scores go, and what is taken for scores ------------------------------------------------
+def test_scores_are_never_written_into_the_cells(
+    model: tuple[Logistic, Version], tmp_path: Path
+) -> None:
+    store = tmp_path / "cells.zarr"
+    raw_cells().write_zarr(store)
+    before = sorted(store.rglob("*"))
+    for out in (store, store / "out"):
+        with pytest.raises(Refusal, match="beside the cells"):
+            score(*model, store, out, cells=CellsConfig.of(KEYS, "cells"))
+    assert sorted(store.rglob("*")) == before
+
+
+def test_a_place_that_can_not_be_written_is_refused_before_anything_is_scored(
+    model: tuple[Logistic, Version], tmp_path: Path
+) -> None:
+    raw_cells().write_h5ad(tmp_path / "cells.h5ad")
+    with pytest.raises(Refusal, match="can be written"):
+        score(*model, tmp_path / "cells.h5ad", Path("/proc/out"),
+              cells=CellsConfig.of(KEYS, "cells"))  # fmt: skip
+
+
+def test_a_table_that_is_no_scores_is_not_held_against_labels(tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("cell_id,exposure\na,DMSO\n")
+    pd.DataFrame({"cell_id": ["a"], "call": "DMSO"}).to_parquet(tmp_path / "own.parquet")
+    with pytest.raises(Refusal, match="without file, sample") as caught:
+        late.evaluate(tmp_path / "own.parquet", tmp_path / "labels.csv", cells=CellsConfig())
+    assert "\n" not in str(caught.value)

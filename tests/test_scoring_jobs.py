@@ -331,6 +331,14 @@ def test_a_file_that_can_not_be_scored_is_said_and_passed_by(lab: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
+def test_an_inbox_is_never_written_to(lab: Path) -> None:
+    new_cells(lab / "inbox/a.h5ad")
+    with pytest.raises(Refusal, match="not written to"):
+        jobs.score_inbox(str(lab), inbox="inbox", out="inbox", model=MODEL)
+    assert [each.name for each in (lab / "inbox").iterdir()] == ["a.h5ad"]
+
+
+@pytest.mark.usefixtures("quick")
 def test_where_nothing_is_live_an_inbox_blames_no_file(lab: Path) -> None:
     new_cells(lab / "inbox/a.h5ad")
     with pytest.raises(Refusal, match="promote one first"):

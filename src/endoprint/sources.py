@@ -14,6 +14,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pandas as pd
+import zarr
 from anndata import AnnData, read_h5ad, read_zarr
 from anndata.io import read_elem, sparse_dataset
 from scipy import sparse
@@ -137,6 +138,7 @@ def join_table(obs: pd.DataFrame, path: Path) -> tuple[pd.DataFrame, np.ndarray[
 def _read_one(path: Path, layer: str | None) -> AnnData:
     if is_zarr(path):
         with readable(path):
+            refuse_missing(zarr.open_group(str(path), mode="r"), layer, path)
             cells: AnnData = read_zarr(path)
         return cells
     with hdf5(path) as file:
@@ -249,6 +251,24 @@ def refuse_missing(file: h5py.Group, layer: str | None, path: Path) -> None:
         raise no_layer(
             layer, [n for n in ("X",) if n in file] + layers + (["raw"] if "raw/X" in file else [])
         )
+    _refuse_half_copied(file[place(layer)], path)
+
+
+def _refuse_half_copied(stored: Any, path: Path) -> None:
+    """Refuse a zarr store that lacks parts of its sparse counts: they would be read as zeros."""
+    if not isinstance(stored, zarr.Group) or "indptr" not in stored:
+        return  # of a dense matrix, parts without any count are left out by right
+    n_values = int(stored["data"].size)
+    for name in ("data", "indices"):
+        n_there, n_parts = stored[name].nchunks_initialized, stored[name].nchunks
+        if n_values and n_there < n_parts:
+            got = f"{n_there} of {n_parts} parts of {name} in {path.name}"
+            break
+    else:
+        if int(stored["indptr"][-1]) == n_values:
+            return
+        got = f"row pointers in {path.name} that end elsewhere"
+    raise Refusal("a zarr store holds all of its counts", got, "check that it was copied whole")
 
 
 def no_layer(layer: str | None, available: list[str]) -> Refusal:

@@ -24,14 +24,23 @@ def score_inbox(workspace: str, *, inbox: str, out: str, model: str = "") -> dic
     from endoprint import registry
     from endoprint.cells import CellsConfig
     from endoprint.scoring import inbox as box
+    from endoprint.scoring.job import make
 
     config = space.params.section("cells", CellsConfig).located(space.root)
     registry.find(space, model or registry.CHAMPION)  # none live is no fault of the files
     place, folder = space.root / out, space.root / inbox
+    if place.resolve() == folder.resolve():
+        raise Refusal(
+            "an inbox is not written to",
+            f"scores that go into {place.name}",
+            "name another folder",
+        )
     space.local.mkdir(parents=True, exist_ok=True)
     told: dict[str, Any] = {"scored": [], "waiting": {}, "refused": {}}
     try:
         with FileLock(space.local / "inbox.lock", timeout=0):
+            if folder.is_dir():
+                make(place)
             known = box.read(place)
             scratch = place / ".looked"
             files, waiting = box.ready(folder, known, cells=config, scratch=scratch)

@@ -45,10 +45,14 @@ def annotate(summary: ScoreSummary, scores: Path, out: Path) -> Path:
     (known,) = summary.inputs
     taken = [*TAKEN, *(f"p_{exposure}" for exposure in summary.exposures)]
     rows = pq.read_table(scores, columns=["cell_id", *taken]).to_pandas().set_index("cell_id")
-    out.parent.mkdir(parents=True, exist_ok=True)
     beside = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
-        shutil.copyfile(known.path, beside)
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(known.path, beside)
+        except OSError as error:
+            rule = "--annotate writes a copy of the cells"
+            raise Refusal(rule, str(error), "name a place with room for it") from None
         with h5py.File(beside, "r+") as file:
             obs = pd.DataFrame(read_elem(file["obs"]))
             rows = rows.loc[obs.index.astype(str)]  # by cell id, never by position

@@ -65,7 +65,7 @@ def find(where: str | Path) -> list[Path]:
     path = Path(where)
     if not path.exists() and glob.has_magic(str(where)):
         found = [Path(each) for each in glob.glob(str(where), recursive=True)]
-        found = sorted(each for each in found if not each.name.startswith("."))
+        found = sorted(each for each in found if _may_be_cells(each))
         if not found:
             raise Refusal("a pattern names files of cells", f"none for {where}", "check it")
         names = [each.name for each in found]
@@ -77,14 +77,15 @@ def find(where: str | Path) -> list[Path]:
                 "score them one by one, or name them apart",
             )
         return found
-    if not path.exists():
-        raise Refusal("cells to score are a file or a folder", f"none at {path}", "check the path")
+    if not (path.is_file() or path.is_dir()):  # a pipe or a device neither ends nor reads twice
+        got = f"{'neither' if path.exists() else 'none'} at {path}"
+        raise Refusal("cells to score are a file or a folder", got, "check the path")
     if path.is_file() or path.suffix == ".zarr" or sources.is_zarr(path) or stored.is_mtx(path):
         return [path]
     found = sorted(
         each
         for each in path.iterdir()
-        if (each.suffix in KINDS or stored.is_mtx(each)) and not each.name.startswith(".")
+        if (each.suffix in KINDS or stored.is_mtx(each)) and _may_be_cells(each)
     )
     if not found:
         raise Refusal(
@@ -93,6 +94,11 @@ def find(where: str | Path) -> list[Path]:
             "put one there",
         )
     return found
+
+
+def _may_be_cells(path: Path) -> bool:
+    """Leave out hidden files, links that lead nowhere, pipes and devices."""
+    return not path.name.startswith(".") and (path.is_file() or path.is_dir())
 
 
 def look_at(path: Path, model: ExposureModel, config: CellsConfig, scratch: Path) -> Input:

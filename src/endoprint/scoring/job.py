@@ -7,6 +7,7 @@ many cells are computed together and with how many threads.
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -85,14 +86,17 @@ def plan(
 
     `where`: a file, a folder of them, or a pattern. `look(name)` is told which file is looked at.
     """
-    if out_dir.exists() and not out_dir.is_dir():
-        raise Refusal("scores go into a folder", f"a file at {out_dir}", "name a folder")
+    refuse_file(out_dir)
     layout = layout or Layout()
     was_there = out_dir.exists()
     found = []
     try:
         for path in inputs.find(where):
             look(path.name)
+            if path.is_dir() and out_dir.resolve().is_relative_to(path.resolve()):
+                raise Refusal(
+                    "scores go beside the cells, never into them", f"{out_dir}", "name another"
+                )
             found.append(inputs.look_at(path, model, cells, scratch(out_dir, path)))
     except Refusal:
         for path in out_dir.glob(".rows-*"):
@@ -100,6 +104,7 @@ def plan(
         if not was_there and out_dir.is_dir():
             out_dir.rmdir()
         raise
+    make(out_dir)
     return Job(job_key(model, version.sha256, found, cells, layout), version, found, cells, layout)
 
 
@@ -117,6 +122,25 @@ def job_key(
             "layout": asdict(layout),
         }
     )
+
+
+def refuse_file(out_dir: Path) -> None:
+    """Refuse a file where scores are to go."""
+    if out_dir.exists() and not out_dir.is_dir():
+        raise Refusal("scores go into a folder", f"a file at {out_dir}", "name a folder")
+
+
+def make(out_dir: Path) -> None:
+    """Make the folder of scores, or refuse in one line where nothing can be written."""
+    refuse_file(out_dir)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out_dir):
+            pass
+    except OSError as error:
+        raise Refusal(
+            "scores go into a folder that can be written", str(error), "name another, or make room"
+        ) from None
 
 
 def scratch(out_dir: Path, path: Path) -> Path:

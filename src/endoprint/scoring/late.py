@@ -14,6 +14,7 @@ from endoprint import metrics
 from endoprint.cells import CellsConfig
 from endoprint.config import Refusal
 from endoprint.labels import canonical
+from endoprint.scoring.columns import COLUMNS, P
 from endoprint.scoring.summary import SCORES
 
 CELL, FILE = "cell_id", "file"
@@ -73,15 +74,16 @@ def _figures(judged: pd.DataFrame) -> dict[str, float | int | None]:
 
 
 def _scores(path: Path) -> pd.DataFrame:
+    rule, remedy = "scores are the parquet that `endoprint score` wrote", "name it, or its folder"
     path = path / SCORES if path.is_dir() else path
     try:
-        return pd.DataFrame(pq.read_table(path).to_pandas())
+        rows = pd.DataFrame(pq.read_table(path).to_pandas())
     except (OSError, pa.ArrowInvalid) as error:
-        raise Refusal(
-            "scores are the parquet that `endoprint score` wrote",
-            str(error).split("\n")[0][:160],
-            "name it, or its folder",
-        ) from None
+        raise Refusal(rule, str(error).split("\n")[0][:160], remedy) from None
+    missing = [column.name for column in COLUMNS if column.name not in (P, *rows.columns)]
+    if missing or not len(rows):
+        raise Refusal(rule, f"{len(rows)} rows without {', '.join(missing) or 'cells'}", remedy)
+    return rows
 
 
 def _labels(path: Path, cells: CellsConfig) -> pd.DataFrame:
