@@ -25,6 +25,7 @@ from endoprint.design import Split
 from endoprint.workspace import Workspace
 from lab import bare_workspace, fit_and_track, furnish, misled, moved_copy
 from scoring_story import before_a_scoring, score_the_new_cells, scored
+from searching_story import before_a_search, search_the_neighbours, searched
 
 MOST_TELLINGS = 4  # for each kill that is asked for
 COSTS = ("score_seconds_per_1000_cells", "peak_memory_gib")  # no two tellings measure the same
@@ -76,6 +77,7 @@ def promoted(space: Workspace) -> Any:
 STORIES = (
     Story("promote", before_a_promotion, promote_the_newest, promoted),
     Story("score", before_a_scoring, score_the_new_cells, scored),
+    Story("search", before_a_search, search_the_neighbours, searched),
 )
 
 
