@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import anndata
 import numpy as np
@@ -124,6 +125,29 @@ def test_a_command_that_dies_late_is_finished_by_the_next(
     assert [run.info.status for run in score_runs(lab)] == ["FINISHED"]
     assert scoring.finished(lab / "out", summary.job_key) is not None
     assert not [each for each in (lab / "out").iterdir() if each.name.startswith(".")]
+
+
+def test_another_jobs_scores_in_the_same_folder_are_not_taken_for_ones_own(
+    lab: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new_cells(lab / "new.h5ad")
+    new_cells(lab / "other.h5ad", seed=8)
+    done = scoring.score_job
+
+    def beaten(*given: Any, **words: Any) -> scoring.ScoreSummary:
+        monkeypatch.setattr(scoring, "score_job", done)
+        summary = done(*given, **words)
+        jobs.score(str(lab), file="other.h5ad", out="out", model=MODEL)
+        return summary
+
+    monkeypatch.setattr(scoring, "score_job", beaten)
+    with pytest.raises(Refusal, match="another command wrote"):
+        scored(lab, annotate="annotated.h5ad")
+    assert not (lab / "annotated.h5ad").exists()
+    (run,) = score_runs(lab)
+    kept = scoring.ScoreSummary.read(lab / "out" / scoring.SUMMARY)
+    assert run.data.tags["job_key"] == kept.job_key
+    assert kept.inputs[0].file == "other.h5ad"
 
 
 def test_bad_cells_are_set_aside_counted_and_said(lab: Path) -> None:

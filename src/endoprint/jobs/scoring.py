@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from endoprint import progress
+from endoprint.config import Refusal
 from endoprint.jobs.data import write_json
 from endoprint.roles import NotAllowed
 from endoprint.workspace import Workspace
@@ -71,10 +72,17 @@ def score(
                     space, fitted, job, told, place, by=by, control=control
                 ),
             )
-        if annotate:
-            annotated.annotate(summary, place / scoring.SCORES, space.root / annotate)
-        with suppress(NotAllowed):  # a reader's scores are described by their summary alone
-            _log_once(space, summary, place)
+        with scoring.alone(place):  # one run is logged, and of these scores
+            if scoring.finished(place, job.key) is None:
+                raise Refusal(
+                    "a folder of scores is one job's",
+                    f"other scores, which another command wrote into {place.name} meanwhile",
+                    "give each a folder of its own",
+                )
+            if annotate:
+                annotated.annotate(summary, place / scoring.SCORES, space.root / annotate)
+            with suppress(NotAllowed):  # a reader's scores are described by their summary alone
+                _log_once(space, summary, place)
     return str(place / scoring.SUMMARY)
 
 
@@ -171,7 +179,6 @@ def _projection(space: Workspace, job: Job, place: Path, *, by: str, names: str)
     """Project every population on the workspace's known exposures."""
     from endoprint import curated
     from endoprint.cells import CellsConfig
-    from endoprint.config import Refusal
     from endoprint.projection import projected
     from endoprint.scoring import populations
 

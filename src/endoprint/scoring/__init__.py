@@ -13,7 +13,7 @@ from pathlib import Path
 
 from endoprint.model import ExposureModel
 from endoprint.scoring.columns import COLUMNS, NO_ANSWER, NO_GENES, schema
-from endoprint.scoring.desk import Damaged, Desk, Watch, desk
+from endoprint.scoring.desk import Damaged, Desk, Watch, alone, desk
 from endoprint.scoring.job import Job, Layout, Shard, plan
 from endoprint.scoring.summary import SCORES, SUMMARY, ScoreSummary, finished, is_described, sha256
 
@@ -29,6 +29,7 @@ __all__ = [
     "Layout",
     "ScoreSummary",
     "Shard",
+    "alone",
     "desk",
     "finished",
     "plan",
@@ -74,7 +75,7 @@ def score_job(
         while True:
             if done is None:
                 own.work(model, watch=watch)
-            with own.alone():
+            with alone(out_dir):
                 done = finished(out_dir, job.key)
                 if done is not None and is_described(out_dir, done, by):
                     return done  # another worker put it together

@@ -137,16 +137,6 @@ class Desk:
             yield True
 
     # -- the whole ------------------------------------------------------------------------------
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Let no other process change what stands in the folder of scores."""
-        handle = os.open(self.out_dir, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(handle)
-
     def publish(self, model: ExposureModel, *, seconds: Callable[[], float]) -> ScoreSummary:
         """Put all parts together as the scores, cell for cell the input; return what they say.
 
@@ -183,6 +173,17 @@ class Desk:
             path.unlink(missing_ok=True)
             raise Damaged(shard.name)
         return table
+
+
+@contextmanager
+def alone(out_dir: Path) -> Iterator[None]:
+    """Let no other process change what stands in a folder of scores."""
+    handle = os.open(out_dir, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextmanager
