@@ -26,6 +26,7 @@ from endoprint.design import Split
 from endoprint.encoder.activations import Activations
 from endoprint.jobs.searching import Tuning, journal_of, study_name
 from endoprint.model import Pruned
+from endoprint.models.signature import SignatureConfig
 from endoprint.search import Limits
 from endoprint.workspace import Workspace
 from lab import moved_copy
@@ -302,6 +303,40 @@ def in_ten_seconds_a_trial(clock: list[float]) -> Any:
         search.tune(self.study, space, self.chosen, fit, limits=limits)
 
     return run
+
+
+def test_a_model_that_cannot_be_tuned_is_said_and_the_field_goes_on(
+    small: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (small.root / "params.yaml").write_text(f"{FIELD}  signature: {{}}\n")
+    clock = [0.0]
+    watch = SimpleNamespace(monotonic=lambda: clock[0])
+    monkeypatch.setattr("endoprint.search.tuning.time", watch)
+    tuned = in_ten_seconds_a_trial(clock)
+
+    def run(self: Tuning, limits: Limits, parent: str, **words: Any) -> None:
+        if self.model == "logistic":
+            raise Refusal("a model starts", "nothing to start from", "give it something")
+        if self.model == "signature":  # every trial fails, but never three before time is up
+            search.tune(self.study, SignatureConfig, {}, failing(clock), limits=Limits(seconds=15))
+            return
+        tuned(self, limits, parent)
+
+    monkeypatch.setattr(Tuning, "run", run)
+    folder = str(small.root)
+    found = jobs.search_all_result(folder, jobs.search_all(folder, budget="60s"))
+    figures = {row["model"]: row["macro_f1"] for row in found["models"]}
+    assert figures == {"neighbours": figures["neighbours"], "logistic": None, "signature": None}
+    assert figures["neighbours"] > 0.9
+    assert "nothing to start from" in found["text"]
+
+
+def failing(clock: list[float]) -> Any:
+    def fit(trial: search.Trial) -> float:
+        clock[0] += 10.0
+        raise MemoryError("no room")
+
+    return fit
 
 
 def test_a_search_of_all_asks_for_its_budget(small: Workspace) -> None:

@@ -73,9 +73,9 @@ def search_all(workspace: str, *, budget: str) -> str:
             )
             field_.entries[model] = _Entry(Tuning.of(space, model), run)
         _halve(field_, seconds, step)
-        for entry in field_.entries.values():
-            if not entry.error:
-                report(space, entry.tuning, entry.run)
+        for model, figure in field_.figures().items():
+            if figure is not None:  # else no trial came to its end
+                report(space, field_.entries[model].tuning, field_.entries[model].run)
         result = _result(space, field_, budget)
         parent.record("winners", result)
         parent.text("proposal.diff", result["diff"])
