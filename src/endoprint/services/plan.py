@@ -23,6 +23,7 @@ from endoprint.workspace import Workspace
 
 MLFLOW_PORT, PREFECT_PORT = 5000, 4200
 LOOPBACK = "127.0.0.1"
+LEASES = "prefect.server.concurrency.lease_storage.filesystem"
 WORKER_RUNS = 3  # at once: a promotion that waits for a person must not keep the inbox waiting
 SERVERS_OWN = (  # a worker, and whatever it runs, has no business with these
     "MLFLOW_AUTH_ADMIN_USERNAME", "MLFLOW_AUTH_ADMIN_PASSWORD", "MLFLOW_FLASK_SERVER_SECRET_KEY",
@@ -178,6 +179,8 @@ class Plan:
             "PREFECT_SERVER_API_PORT": port,
             "PREFECT_SERVER_DATABASE_TIMEOUT": "60",  # 10 is too little for a busy laptop's SQLite
             "PREFECT_SERVER_DATABASE_CONNECTION_TIMEOUT": "30",
+            # on disk: a server that forgot who holds a deployment's slot cancels that very run
+            "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": LEASES,
             "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{url},http://localhost:{port}",
         }
         api = Prefect(f"{url}/api")
