@@ -8,6 +8,8 @@ import importlib.util
 import inspect
 import json
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +20,7 @@ from children import ROOT, endoprint
 from conftest import planted_cells
 from endoprint import jobs, tracking
 from endoprint.config import Refusal
-from endoprint.jobs import nights
+from endoprint.jobs import data, nights
 from endoprint.roles import NAME, PASSWORD, acting, assume_reader
 from endoprint.spelled import without_secrets
 from lab import bare_workspace, furnish
@@ -144,6 +146,27 @@ def test_servers_that_others_can_reach_are_refused_without_passwords(space: Path
     done = endoprint("up", "--host", "0.0.0.0", cwd=space)
     assert done.returncode == 2
     assert "ask for a password" in done.stderr
+
+
+def test_two_that_prepare_one_workspace_do_so_one_after_the_other(
+    space: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_work, most = 0, 0
+
+    def repro(*command: Any, **settings: Any) -> SimpleNamespace:
+        nonlocal at_work, most
+        at_work += 1
+        most = max(most, at_work)
+        time.sleep(0.3)
+        at_work -= 1
+        return SimpleNamespace(returncode=0, stdout="", stderr="")
+
+    monkeypatch.setattr(data.subprocess, "run", repro)
+    monkeypatch.delenv("ENDOPRINT_DVC_REMOTE", raising=False)
+    with ThreadPoolExecutor(3) as pool:
+        made = list(pool.map(jobs.prepare, [str(space)] * 3))
+    assert made == [str(space / "dvc.lock")] * 3
+    assert most == 1
 
 
 # -- who asks -----------------------------------------------------------------------------------
