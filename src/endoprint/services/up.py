@@ -231,7 +231,7 @@ class Up:
             "born": psutil.Process().create_time(),
             "workspace": str(plan.space.root),
             "mlflow": plan.mlflow_url,
-            "seconds_to_start": round(self.seconds, 1),
+            "seconds_to_start": self.seconds,
             "prefect": plan.prefect_url.removesuffix("/api"),
             "prefect_api": plan.prefect_url,
             "services": [
