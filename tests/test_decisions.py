@@ -129,6 +129,8 @@ def test_who_was_live_at_any_time_is_answered_by_the_history(lab: Workspace) -> 
     assert "nothing was live, since" in jobs.who(root)["sentence"]
     with pytest.raises(Refusal, match="ISO 8601"):
         jobs.who(root, at="yesterday")
+    with pytest.raises(Refusal, match="yet to come"):
+        jobs.who(root, at="2999-01-01")
 
 
 def test_reigns_follow_each_other_without_gap_or_overlap(lab: Workspace) -> None:
@@ -327,6 +329,16 @@ def test_whoever_trained_a_version_does_not_approve_it(waiting: Workspace, name:
     jobs.promote(root, version="2")
     with pytest.raises(Refusal, match="trained by tom"):
         jobs.approve(root, version="2", why="mine", vouched=name)
+    assert champion(waiting).version == "1"
+
+
+def test_a_decision_without_a_reason_is_not_taken(waiting: Workspace) -> None:
+    root = str(waiting.root)
+    jobs.promote(root, version="2")
+    with pytest.raises(Refusal, match="with its reason"):
+        jobs.approve(root, version="2", why=" ", vouched="ann")
+    with pytest.raises(Refusal, match="with its reason"):
+        jobs.retire(root, why="")
     assert champion(waiting).version == "1"
 
 

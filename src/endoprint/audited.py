@@ -62,6 +62,8 @@ def reign_at(workspace: Workspace, moment: str) -> Reign:
             "a time is ISO 8601", moment, "write 2026-11-22T14:30, in UTC unless it says its zone"
         ) from None
     at = at if at.tzinfo else at.replace(tzinfo=UTC)
+    if at > datetime.now(UTC):
+        raise Refusal("the history tells what was", f"{moment}, which is yet to come", "ask later")
     return next(
         each
         for each in reversed(reigns(workspace))

@@ -115,7 +115,9 @@ def seen(
 @records.command()
 def reproduce(
     version: Version,
-    tolerance: Annotated[float, typer.Option(help="largest difference of a probability")] = 1e-4,
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="largest difference of a probability")
+    ] = 1e-4,
     workspace: Folder = Path(),
     as_json: Json = False,
 ) -> None:

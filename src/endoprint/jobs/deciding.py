@@ -70,6 +70,7 @@ def approve(
     from endoprint import approvals, identity
 
     approver = vouched or identity.authenticated(space.tracking_uri)
+    _refuse_silence(why)
     approvals.approve(space, version, approver=approver, why=why, is_given=not declined)
     return promote(workspace, version=version)
 
@@ -85,7 +86,13 @@ def retire(workspace: str, *, why: str) -> dict[str, str]:
     space = Workspace.open(workspace)
     from endoprint import registry
 
+    _refuse_silence(why)
     return {"retired": registry.retire(space, why=why).label}
+
+
+def _refuse_silence(why: str) -> None:
+    if not why.strip():
+        raise Refusal("a person's decision is kept with its reason", "none", "say why")
 
 
 def rollback(workspace: str, *, version: str = "") -> dict[str, str]:
