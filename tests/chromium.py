@@ -14,6 +14,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,28 @@ class Browser:
             assert time.monotonic() < deadline, f"the page never said {missing}: {text[:3000]}"
             time.sleep(0.2)
 
+    def show(self, wanted: str) -> None:
+        """Scroll to what says so."""
+        text = json.dumps(wanted)
+        found = f"[...document.querySelectorAll('body *')].filter((e) => e.innerText == {text})"
+        self.js(f"{found}.pop().scrollIntoView({{block: 'center'}})")
+
+    def until_js(self, claim: str) -> None:
+        """Wait until an expression is true."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not self.js(f"Boolean({claim})"):
+            assert time.monotonic() < deadline, f"never so: {claim}"
+            time.sleep(0.2)
+
+    def link(self, wanted: str) -> str:
+        """Return where the link of this text leads: a click may open a tab of its own."""
+        text = json.dumps(wanted)
+        return str(self.js(f"[...document.links].find((a) => a.innerText.trim() == {text}).href"))
+
+    def lines(self) -> list[str]:
+        """What can be read on the page, line by line."""
+        return [line.strip() for line in self.text.splitlines() if line.strip()]
+
     def click(self, wanted: str = "", *, inside: str = "") -> None:
         """Click what says `wanted` (its text or label); `inside`: a CSS selector it must match."""
         expression = FIND % (json.dumps(wanted), json.dumps(inside))
@@ -100,10 +123,26 @@ class Browser:
         for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
             self.ask("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
+    def choose(self, wanted: str, *, inside: str) -> None:
+        """Open a list to choose from, type and press Enter."""
+        self.click(inside=inside)
+        self.ask("Input.insertText", text=wanted)
+        time.sleep(0.5)
+        for kind in ("rawKeyDown", "char", "keyUp"):
+            self.ask("Input.dispatchKeyEvent", type=kind, key="Enter", code="Enter", text="\r",
+                     windowsVirtualKeyCode=13)  # fmt: skip
+        self.ask("Input.dispatchKeyEvent", type="keyDown", key="Escape", code="Escape",
+                 windowsVirtualKeyCode=27)  # fmt: skip
+
     def picture(self, place: Path) -> Path:
-        """Keep what is to be seen as PNG."""
+        """Keep what is to be seen as PNG, in 256 colours: a half of its bytes."""
+        from PIL import Image  # comes with matplotlib
+
         time.sleep(1.0)  # plots are drawn after their text
-        place.write_bytes(base64.b64decode(self.ask("Page.captureScreenshot")["data"]))
+        seen = base64.b64decode(self.ask("Page.captureScreenshot")["data"])
+        with Image.open(BytesIO(seen)) as image:
+            few = image.convert("RGB").quantize(256, method=Image.Quantize.FASTOCTREE)
+            few.save(place, optimize=True)
         return place
 
 
