@@ -22,7 +22,7 @@ class Row:
 TABLE: dict[str, Row] = {
     "logistic": Row(
         "endoprint.models.logistic:Logistic",
-        "multinomial logistic regression on log-normalised counts: the bar for everything else",
+        "multinomial logistic regression on every gene, by groups of like cells: the bar",
         "seconds",
         "BSD-3-Clause (scikit-learn)",
         "Cox 1958",
