@@ -14,6 +14,7 @@ from scipy import sparse
 
 from conftest import planted_cells
 from endoprint import labels
+from endoprint.annotations import text
 from endoprint.cells import (
     CellsConfig,
     curate,
@@ -245,6 +246,14 @@ def test_a_file_may_declare_labels_of_its_own() -> None:
     assert sorted(set(curated.obs["exposure"])) == ["INTERFERON", "LIVER-X_AGONIST", "ctrl"]
     config = CONFIG.model_copy(update={"aliases": {**aliases, "ctrl": "DMSO"}, "control": "ctrl"})
     assert curate(cells, config)[0].uns["endoprint"]["control"] == "DMSO"
+
+
+@pytest.mark.parametrize(
+    "values", [[1.0, 1.5, np.nan, 2.0], [" a", "a", None, "nan"], [3, 1], [True, False]]
+)
+def test_a_value_is_spelled_alike_whatever_stands_beside_it(values: list[object]) -> None:
+    together = list(text(pd.Series(values)))
+    assert together == [text(pd.Series([each])).iloc[0] for each in values]
 
 
 def test_a_missing_replicate_makes_a_pooled_unit() -> None:

@@ -197,6 +197,14 @@ def test_populations_of_any_column_are_called_with_what_their_units_allow(lab: P
     assert len(json.loads((lab / "out/samples.json").read_text())) == 9
 
 
+def test_cells_of_no_population_are_one_of_their_own(lab: Path) -> None:
+    cells = new_cells(lab / "new.h5ad")
+    cells.obs["dose"] = np.where(np.arange(len(cells)) % 2, 10.0, np.nan)
+    cells.write_h5ad(lab / "new.h5ad")
+    scored(lab, by="dose")
+    assert set(json.loads((lab / "out/samples.json").read_text())) == {"10", "?"}
+
+
 def test_a_column_that_no_file_has_is_refused_before_anything_is_scored(lab: Path) -> None:
     new_cells(lab / "new.h5ad")
     with pytest.raises(Refusal, match="no 'dish'"):

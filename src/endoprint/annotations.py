@@ -76,11 +76,14 @@ def annotate(obs: pd.DataFrame, keys: Keys, *, labelled: bool, flag: pd.Series) 
 
 
 def text(values: pd.Series) -> pd.Series:
-    """Return values as text, None where missing; 3.0 (a column with gaps) reads 3."""
+    """Return values as text, None where missing; 3.0 (a column with gaps) reads 3.
+
+    Each by itself, so that a unit is spelled alike in whichever part of a file it stands.
+    """
     if pd.api.types.is_float_dtype(values.dtype):
-        whole = values.dropna()
-        if (whole % 1 == 0).all() and np.isfinite(whole).all():
-            values = values.astype("Int64")
+        code, numbers = pd.factorize(values)
+        spelled = [str(int(one)) if float(one).is_integer() else str(one) for one in numbers]
+        return pd.Series(np.array([*spelled, None], dtype=object)[code], values.index)
     if pd.api.types.infer_dtype(values) == "string":
         # few different words stand beside many cells; only of text is what is equal spelled alike
         code, found = pd.factorize(values.to_numpy(dtype=object))

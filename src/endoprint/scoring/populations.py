@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from anndata import AnnData
 
 from endoprint import drift
+from endoprint.annotations import UNKNOWN, text
 from endoprint.config import Refusal
 from endoprint.model import ExposureModel
 from endoprint.population import Pools, weighs_itself
@@ -174,5 +175,4 @@ def _rows(
                     "cells stand where they were scored", f"others in {of}",
                     "score it again when nothing writes to it",
                 )  # fmt: skip
-            population = obs[by].astype(object).where(obs[by].notna(), "").astype(str)
-            yield shard, rows, population.to_numpy(dtype=object)
+            yield shard, rows, text(obs[by]).fillna(UNKNOWN).to_numpy(dtype=object)
