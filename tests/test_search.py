@@ -407,15 +407,16 @@ def curves_of(study: optuna.Study, curves: Sequence[Sequence[float]]) -> list[st
     return [trial.state.name for trial in study.trials]
 
 
-def test_past_a_third_of_the_epochs_goes_the_best_third_of_those_that_came_there():
+def test_past_half_of_the_epochs_goes_the_better_half_of_those_that_came_there():
     study = optuna.create_study(direction="maximize", pruner=Halving())
     levels = np.random.default_rng(0).random(30)
-    ended = curves_of(study, [[level] * 9 for level in levels])
+    # each fit was as good as it is only once: noise after that is not held against it
+    ended = curves_of(study, [[0.0, level, *[0.1 * level] * 7] for level in levels])
     for n, level in enumerate(levels):
-        rank = int((levels[:n] > level).sum())  # how many before it were better at epoch 3
-        goes_on = n == 0 or rank < math.ceil((n + 1) / 3)
+        rank = int((levels[:n] > level).sum())  # how many before it were better by epoch 5
+        goes_on = n == 0 or rank < math.ceil((n + 1) / 2)
         assert ended[n] == ("COMPLETE" if goes_on else "PRUNED"), n
-    assert {len(t.intermediate_values) for t in study.trials if t.state.name == "PRUNED"} == {3}
+    assert {len(t.intermediate_values) for t in study.trials if t.state.name == "PRUNED"} == {5}
 
 
 def test_nothing_is_given_up_before_a_trial_came_to_its_end():
