@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-FORMAT = 2  # of the rows; a change of their columns or meaning makes every job a new one
+FORMAT = 3  # of the rows; a change of their columns or meaning makes every job a new one
 
 NO_GENES = "no counts in the model's genes"
 NO_ANSWER = "the model gave no finite answer"
