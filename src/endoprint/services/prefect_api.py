@@ -78,6 +78,16 @@ class Prefect:
             if error.code != CONFLICT:
                 raise
 
+    def has_planned(self) -> bool:
+        """Whether the next run of every schedule stands: the server makes them by and by."""
+        rows = self.ask("deployments/filter", {})
+        due = {
+            str(row["id"])
+            for row in rows
+            if not row["paused"] and any(each["active"] for each in row["schedules"])
+        }
+        return due <= {str(row["deployment_id"]) for row in self._next_of_each()}
+
     def begin(self, deployment: str) -> bool:
         """Ask for a run of a deployment now; False where none has that name."""
         found = [key for key, name in self.deployments().items() if name == deployment]

@@ -30,6 +30,7 @@ from endoprint.workspace import Workspace
 PATIENCE_SECONDS = 600.0  # for a service to answer; a busy machine is slow, not wrong
 SILENT_SECONDS = 120.0  # of a service that answered before: it hangs, and is started again
 LOOK_SECONDS, CARE_SECONDS = 0.5, 10.0  # between looks at processes, and at what they answer
+PLANNING_SECONDS = 10.0  # for Prefect to plan the first runs, which the screen shows
 CLOSING_SECONDS = 60.0  # for the runs of what was stopped to be closed
 LONGEST_PAUSE_SECONDS = 30.0  # between two starts of a service that keeps dying
 RECOVER = [sys.executable, "-c", "from endoprint.cli import main; main()", "recover", "--json"]
@@ -92,6 +93,9 @@ class Up:
             self._start(worker)
             self._await([worker])
             step(note="a worker is ready")
+            planned = time.monotonic() + PLANNING_SECONDS
+            while not Prefect(plan.prefect_url).has_planned() and time.monotonic() < planned:
+                time.sleep(0.2)
         self.seconds = time.monotonic() - began
         self._write()
 
