@@ -57,11 +57,12 @@ def ui(
     as_json: Json = False,
 ) -> None:
     """Open MLflow's UI on the workspace's store, on this machine only, until Ctrl-C."""
-    from endoprint import tracking
-    from endoprint.services.plan import runs_page
     from endoprint.workspace import Workspace
 
-    space = Workspace.open(workspace)
+    space = Workspace.open(workspace)  # a mistake is said before MLflow is imported
+    from endoprint import tracking
+    from endoprint.services.plan import runs_page
+
     space.local.mkdir(parents=True, exist_ok=True)
     experiment = tracking.experiment(space, tracking.client(space))
     address = runs_page(f"http://127.0.0.1:{port}", experiment)
