@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pandas as pd
@@ -183,6 +184,25 @@ def test_the_environment_is_as_it_was_after_ambient(
     with tracking.ambient(space):
         pass
     assert os.environ["MLFLOW_TRACKING_URI"] == "sqlite:///elsewhere.db"
+
+
+def test_a_run_whose_answer_was_lost_is_made_once_more_and_only_one_stays_open(
+    space: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = mlflow.MlflowClient.create_run
+
+    def asked_twice(store: Any, *given: Any, **words: Any) -> Any:  # as MLflow's client does
+        made(store, *given, **words)
+        return made(store, *given, **words)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "create_run", asked_twice)
+    with tracking.run(space, name="a", kind="train") as run:
+        pass
+    store = tracking.client(space)
+    found = store.search_runs([tracking.experiment(space, store)])
+    assert {each.info.status for each in found if each.info.run_id != run.run_id} == {"KILLED"}
+    assert run_of(space, run.run_id).info.status == "FINISHED"
+    assert len(found) == 2
 
 
 def test_a_deleted_experiment_comes_back_when_it_is_used(space: Workspace) -> None:

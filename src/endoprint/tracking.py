@@ -302,20 +302,20 @@ def run(
         experiment_id = experiment(workspace, store)
         sweep(workspace)
         said: dict[str, str | float | bool | None] = {
-            "kind": kind,
-            "model": model,
-            "task": workspace.params.task,
-            "seed": workspace.params.seed,
-            **alive.named(),
-            **(tags or {}),
-            "mlflow.parentRunId": parent,
-        }
+            "kind": kind, "model": model, "task": workspace.params.task,
+            "seed": workspace.params.seed, **alive.named(), **(tags or {}),
+            "mlflow.parentRunId": parent, "request": os.urandom(8).hex(),
+        }  # fmt: skip
         known = {key: text_of(value) for key, value in said.items() if value is not None}
         try:
             opened = store.create_run(experiment_id, run_name=name, tags=known)
         except mlflow.MlflowException as error:
             raise turned_away(error) or error from None
         run_id = opened.info.run_id
+        # a server that died before it answered was asked again: the run it had made is nobody's
+        for twin in store.search_runs([experiment_id], f"tags.request = '{known['request']}'"):
+            if twin.info.run_id != run_id:
+                store.set_terminated(twin.info.run_id, "KILLED")
         try:
             yield Run(store, run_id, experiment_id, model or kind)
         except BaseException as error:  # closed whatever happened, then raised on
