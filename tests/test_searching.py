@@ -111,7 +111,8 @@ def test_a_study_keeps_figures_table_and_proposal_and_its_trials_are_nested_in_i
     note = tracking.client(small).get_run(run_id).data.tags[tracking.NOTE]
     result = jobs.search_result(str(small.root), model="neighbours", objective="quality-cost")
     assert note.startswith(f"**macro-F1 {result['best_macro_f1']:.3f}**")
-    assert runs.read_text(small, run_id, "proposal.diff") == result["diff"]
+    proposed = runs.read_text(small, run_id, "proposal.diff")
+    assert proposed == f"{result['diff']}\n"  # as `patch` wants it
     assert "# the bar" in result["diff"]
     assert (small.root / "params.yaml").read_text() == before
     with pytest.raises(Refusal, match="none of neighbours"):  # by quality alone nobody searched

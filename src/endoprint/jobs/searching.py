@@ -225,7 +225,7 @@ def report(space: Workspace, tuning: Tuning, parent: Run) -> None:
     parent.metrics({"best_macro_f1": result["best_macro_f1"], "n_trials": result["n_finished"]})
     parent.record("winner", result)
     parent.table("trials", table)
-    parent.text("proposal.diff", result["diff"])
+    parent.text("proposal.diff", result["diff"] and result["diff"] + "\n")
     parent.figure("history", drawn.search_history(table, model=model))
     parent.figure("importance", drawn.search_importance(shares, model=model))
     parent.figure("slice", drawn.search_slices(table, ranges, best=result["trial"]))

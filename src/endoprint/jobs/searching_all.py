@@ -78,7 +78,7 @@ def search_all(workspace: str, *, budget: str) -> str:
                 report(space, field_.entries[model].tuning, field_.entries[model].run)
         result = _result(space, field_, budget)
         parent.record("winners", result)
-        parent.text("proposal.diff", result["diff"])
+        parent.text("proposal.diff", result["diff"] and result["diff"] + "\n")
         parent.params({"budget": budget})
         first = result["models"][0]
         if first["macro_f1"] is not None:
