@@ -28,9 +28,10 @@ bench: .venv/.installed  ## costs beside references, in minutes; DATA=FOLDER of 
 gpu: .venv/.installed  ## what one GPU does, in ten minutes; without one it says so
 	$(BIN)/python benchmarks/gpu.py
 
-torture: .venv/.installed  ## kill -9 at random moments, fifty times, and promoters at once, fifty rounds
+torture: .venv/.installed  ## kill -9 at random moments, fifty times, of services twenty times, and promoters at once
 	cd tests && $(ONE_THREAD) ../$(BIN)/python torture.py --kills 50
 	cd tests && $(ONE_THREAD) ../$(BIN)/python promoters.py
+	cd tests && $(ONE_THREAD) ../$(BIN)/python torture_services.py
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

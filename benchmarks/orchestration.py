@@ -6,9 +6,9 @@ control, register, promote, score) is told three times in fresh workspaces, same
 - `flow`: `python -m flows.story`, with Prefect's own server, MLflow and DVC;
 - `command`: `endoprint demo`, without Prefect;
 - `bare`: one process that calls the same simulation, curation, split and tokeniser, fits and
-  judges the same models as often, draws the same figures of each and scores the test units and the
-  new cells. No Prefect, MLflow or DVC; no board, page, report or card either: what those cost
-  counts as orchestration here, so that its share is an upper bound.
+  judges the same models as often, draws the same figures of each and the leaderboard's page, and
+  scores the test units and the new cells. No Prefect, MLflow or DVC; no card and no report of
+  scores either: what those cost counts as orchestration, so that its share is an upper bound.
 
 Processor seconds of every process that took part (children that outlive their parents too), then
 wall. The difference hardly depends on how long the fits take; its share is told for this story and
@@ -30,8 +30,8 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+import pandas as pd
 import yaml
 
 from endoprint import blueprint
@@ -126,6 +126,7 @@ def bare(workspace: str) -> None:
     """Compute what the story computes, and record nothing."""
     from endoprint import cells, jobs, judge, negatives, report
     from endoprint.design import Split
+    from endoprint.latent import Latent
     from endoprint.model import Resources, model_class
 
     space = Workspace.open(workspace)
@@ -135,13 +136,13 @@ def bare(workspace: str) -> None:
     known, split = cells.load(space.cells), Split.read(space.split)
     offered = Resources(vocabulary=space.vocabulary, tokens=space.tokens)
     seed = space.params.seed
-    told: dict[str, Any] = {}
+    found: dict[str, judge.Judgement] = {}
     control = str(known.uns["endoprint"]["control"])
     for name, values in space.params.models.items():
         cls = model_class(name)
         build = partial(cls, cls.Config.of(values, where=name), seed=seed, resources=offered)
         judged = judge.cross_fit(build, known, split, seed=seed)
-        told[name] = judged.metrics["macro_f1"]
+        found[name] = judged
         made = [
             report.confusion(judged.predictions),
             report.roc(judged.predictions, control=control),
@@ -160,7 +161,19 @@ def bare(workspace: str) -> None:
             new = cells.CellsConfig.of(space.params.cells, where="cells").located(space.root)
             read = cells.read(space.root / str(space.params.score), new)
             final.predict_proba(cells.curate(read, new, labelled=False)[0])
-    print(json.dumps(told))
+    told = pd.DataFrame({name: judged.metrics for name, judged in found.items()}).T
+    by_unit = pd.DataFrame({name: judged.by_unit["macro_f1"] for name, judged in found.items()})
+    board = report.Board(
+        task="bare", table=told, by_unit=by_unit, audit=json.loads(space.audit.read_text())
+    )
+    leader = str(board.ranked.index[0])
+    shown = known[known.obs_names.isin(found[leader].predictions.index)]
+    place = pd.DataFrame(Latent.fit(shown, width=20).transform(shown), index=shown.obs_names)
+    page = report.leaderboard_page(
+        board, predictions={leader: found[leader].predictions}, control=control, vectors=place
+    )
+    (space.local / "leaderboard.html").write_text(page)
+    print(told["macro_f1"].to_json())
 
 
 if __name__ == "__main__":
