@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from prefect import flow, task
 from prefect.concurrency.sync import concurrency
 
@@ -27,14 +29,24 @@ def search(
 
     `offer`: refit the winner, judge it, and make it @candidate.
     """
+    if model == "all":
+        jobs.refuse_more_than_a_budget(trials, target, objective, offer)
     run: str = task(
         in_turn, name=f"search {model}", timeout_seconds=24 * HOUR_SECONDS, **TRIED_AGAIN
     )(
         workspace, model=model, trials=trials, budget=budget, target=target, objective=objective
     )  # fmt: skip
     if offer:
-        task(jobs.offer, name=f"offer {model}", **TRIED_AGAIN)(workspace, model=model)
+        task(
+            offer_in_turn, name=f"offer {model}", timeout_seconds=12 * HOUR_SECONDS, **TRIED_AGAIN
+        )(workspace, model=model, objective=objective)
     return run
+
+
+def offer_in_turn(workspace: str, *, model: str, objective: str) -> dict[str, Any]:
+    """Refit and offer a search's winner once the GPU is free."""
+    with concurrency(GPU):
+        return jobs.offer(workspace, model=model, objective=objective)
 
 
 def in_turn(

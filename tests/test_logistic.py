@@ -243,9 +243,10 @@ def test_groups_are_found_among_control_cells_and_where_these_are_enough():
     assert not Groups.single(latent).of(made).any()
 
 
-def test_groups_and_an_elastic_net_are_refused_together():
-    with pytest.raises(Refusal, match="L2 only"):
-        LogisticConfig.of({"n_groups": 2, "l1_share": 0.5}, where="models.logistic")
+def test_an_elastic_net_weighs_all_cells_alike(parts):
+    train, valid, _ = parts
+    model = Logistic(LogisticConfig(n_groups=2, l1_share=0.5)).fit(train, valid)
+    assert model.provenance["n_groups"] == 1
 
 
 # -- how genes are read -------------------------------------------------------------------------

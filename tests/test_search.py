@@ -285,6 +285,18 @@ def test_values_chosen_on_what_is_a_test_unit_today_are_passed_over(tmp_path):
     assert len(earlier_values(tmp_path / "s.log", now, test=["c"])) == 1
 
 
+def test_values_handed_on_by_a_study_are_passed_over_where_its_own_source_would_be(tmp_path):
+    first, _ = an_earlier(tmp_path, "first", [0.5], units=("a",))
+    second, _ = an_earlier(tmp_path, "second", [], units=("b",))
+    tune(
+        second, Parabola, {}, minus_square, limits=Limits(trials=3),
+        earlier=lambda: earlier_values(tmp_path / "s.log", second, test=["z"]),
+    )  # fmt: skip
+    now, _ = an_earlier(tmp_path, "now", [], units=("c",))
+    assert earlier_values(tmp_path / "s.log", now, test=["a"]) == []
+    assert len(earlier_values(tmp_path / "s.log", now, test=["z"])) == 3
+
+
 def test_values_of_another_model_or_other_ranges_are_none_of_this_ones(tmp_path):
     an_earlier(tmp_path, "other", [0.5], model="other")
     now, _ = an_earlier(tmp_path, "now", [])
@@ -385,12 +397,34 @@ def test_a_trial_that_fails_for_want_of_memory_is_recorded_and_the_study_goes_on
 def test_a_database_that_is_not_there_is_one_line_without_its_password(tmp_path, monkeypatch):
     for address in (
         "postgresql+psycopg://lab:hush@127.0.0.1:9/optuna", "nosuch://lab:hush@127.0.0.1/x",
+        "postgresql+psycopg://127.0.0.1:9/optuna?user=lab&password=hush", "hush",
     ):  # fmt: skip
         monkeypatch.setenv("OPTUNA_STORAGE", address)
         with pytest.raises(Refusal, match="OPTUNA_STORAGE") as refused:
             begun(tmp_path)
         assert "hush" not in str(refused.value)
         assert refused.value.__suppress_context__
+
+
+def test_an_error_that_is_not_the_trials_gives_its_values_back_and_is_raised(tmp_path):
+    def away(trial: Trial) -> float:
+        if trial.number == 1:
+            raise ConnectionError("a store is away")
+        return minus_square(trial)
+
+    with pytest.raises(ConnectionError):
+        tune(begun(tmp_path), Parabola, {}, away, limits=Limits(trials=3))
+    study = begun(tmp_path)  # and the same process goes on, as a flow's second try does
+    tune(study, Parabola, {}, minus_square, limits=Limits(trials=3))
+    states = [trial.state for trial in study.trials]
+    assert states.count(TrialState.COMPLETE) == 3
+    assert TrialState.RUNNING not in states
+    assert study.trials[2].params == study.trials[1].params
+
+
+def test_a_figure_that_is_no_number_is_a_failure_like_others(tmp_path):
+    with pytest.raises(Refusal, match="three failures in a row, the last: .*no number"):
+        tune(begun(tmp_path), Parabola, {}, lambda trial: math.nan, limits=Limits(trials=9))
 
 
 # -- pruning --------------------------------------------------------------------------------------
@@ -426,6 +460,19 @@ def test_nothing_is_given_up_before_a_trial_came_to_its_end():
         first.report(0.9, epoch)
         second.report(0.1, epoch)
         assert not second.should_prune()
+
+
+def test_epochs_that_only_a_further_fold_reaches_decide_nothing(tmp_path):
+    def objective(trial: Trial) -> float:
+        for n_epochs in (3, 8):
+            for epoch in range(1, n_epochs + 1):
+                trial.watch(epoch, {"valid_macro_f1": 0.5 if epoch < 4 else -trial.number})
+        return 0.5
+
+    study = begun(tmp_path)
+    tune(study, Parabola, {}, objective, limits=Limits(trials=5))
+    assert {t.last_step for t in study.trials} == {3}
+    assert {t.state for t in study.trials} == {TrialState.COMPLETE}
 
 
 def test_penalties_that_are_tried_and_further_folds_decide_nothing(tmp_path):

@@ -332,6 +332,35 @@ def test_a_model_that_cannot_be_tuned_is_said_and_the_field_goes_on(
     assert "nothing to start from" in found["text"]
 
 
+def test_a_model_that_fails_in_a_later_rung_keeps_what_it_had_found(
+    small: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (small.root / "params.yaml").write_text(FIELD)
+    clock = [0.0]
+    watch = SimpleNamespace(monotonic=lambda: clock[0])
+    monkeypatch.setattr("endoprint.search.tuning.time", watch)
+    tuned = in_ten_seconds_a_trial(clock)
+    asked: list[str] = []
+
+    def run(self: Tuning, limits: Limits, parent: str, **words: Any) -> None:
+        asked.append(self.model)
+        if asked.count(self.model) == 2:
+            raise Refusal("trials succeed", "three failures in a row", "mend that")
+        tuned(self, limits, parent)
+
+    monkeypatch.setattr(Tuning, "run", run)
+    monkeypatch.setattr("endoprint.search.field.n_rungs", lambda n_models: 2)
+    folder = str(small.root)
+    run_id = jobs.search_all(folder, budget="60s")
+    found = jobs.search_all_result(folder, run_id)
+    broken = next(row for row in found["models"] if row["error"])
+    assert broken["macro_f1"] is not None
+    assert broken["values"]
+    assert found["models"][0]["model"] == broken["model"]  # it went on since it was the best
+    tagged = [run for run in runs_of(small, "search") if "error" in run.data.tags]
+    assert [run.data.tags["model"] for run in tagged] == [broken["model"]]
+
+
 def failing(clock: list[float]) -> Any:
     def fit(trial: search.Trial) -> float:
         clock[0] += 10.0

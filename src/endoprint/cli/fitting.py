@@ -9,7 +9,6 @@ import typer
 
 from endoprint import jobs
 from endoprint.cli import Folder, Json, app, say, show
-from endoprint.config import Refusal
 
 
 @app.command()
@@ -75,8 +74,7 @@ def search(
     """
     folder = str(workspace)
     if model == "all":
-        if trials or target or objective or workers > 1 or offer:
-            raise Refusal("a search of all has a budget alone", "more", "say --budget 2h")
+        jobs.refuse_more_than_a_budget(trials, target, objective, workers > 1, offer)
         run = jobs.search_all(folder, budget=budget)
         result = jobs.search_all_result(folder, run)
     else:
@@ -84,9 +82,9 @@ def search(
             folder, model=model, trials=trials or 0, budget=budget, target=target,
             objective=objective, workers=workers,
         )  # fmt: skip
-        result = jobs.search_result(folder, model=model, objective=objective)
+        result = jobs.search_result(folder, model=model, objective=objective or "quality")
     if offer:
-        offered = jobs.offer(folder, model=model)
+        offered = jobs.offer(folder, model=model, objective=objective)
         result = result | offered | {"text": f"{result['text']}\n{offered['said']}"}
     say({"run_id": run} | result, result["text"], as_json)
 

@@ -43,7 +43,11 @@ from endoprint.jobs.reproducing import reproduce
 from endoprint.jobs.running import has_files, recover, status
 from endoprint.jobs.scoring import evaluate_scores, plan_scoring, score, score_part
 from endoprint.jobs.searching import search, search_result
-from endoprint.jobs.searching_all import search_all, search_all_result
+from endoprint.jobs.searching_all import (
+    refuse_more_than_a_budget,
+    search_all,
+    search_all_result,
+)
 from endoprint.jobs.sharing import pull
 from endoprint.jobs.story import (
     Step,
@@ -96,6 +100,7 @@ __all__ = [
     "score_inbox",
     "score_part",
     "search",
+    "refuse_more_than_a_budget",
     "search_all",
     "search_all_result",
     "search_result",

@@ -17,7 +17,7 @@ from endoprint.jobs.materials import (
     work_folder,
 )
 from endoprint.jobs.negatives import BAR, blinded, shuffled
-from endoprint.jobs.searching import n_trials_behind, search_result
+from endoprint.jobs.searching import OBJECTIVES, n_trials_behind, search_result
 from endoprint.jobs.together import Member, Plan, team
 from endoprint.workspace import Workspace
 
@@ -37,8 +37,9 @@ MAPPED_AXES = 20  # of the latent, behind the map of cells
 def train(workspace: str, *, model: str, tuned: str = "", night: str = "") -> str:
     """Fit a model: in every development fold, to judge it, then on all development units.
 
-    `tuned`: not empty: with the values its search found. `night`: a name for this night's work; a
-    fit that was finished under it is not made again, whoever was killed before hearing of it.
+    `tuned`: not empty: with the values its search found, of the objective it names or the last.
+    `night`: a name for this night's work; a fit that was finished under it is not made again,
+    whoever was killed before hearing of it.
     Returns the run id; the run holds figures, tables, lineage and the fitted model. Under
     `torchrun` the processes train together (docs/many-devices.md): the lead tracks and returns the
     id, the others fit with it and return nothing.
@@ -83,7 +84,8 @@ def _train(workspace: str, *, model: str, tuned: str, night: str, member: Member
     cls = model_class(model)
     values = dict(space.params.models.get(model, {}))
     if tuned:
-        values |= search_result(workspace, model=model)["values"]
+        objective = tuned if tuned in OBJECTIVES else ""
+        values |= search_result(workspace, model=model, objective=objective)["values"]
     config = cls.Config.of(values, where=f"models.{model}")
     cells, split = cells_and_split(space)
     n_trials = n_trials_behind(space, model, config)

@@ -6,14 +6,16 @@ from typing import Any
 
 from endoprint.jobs.deciding import register
 from endoprint.jobs.fitting import figures_of, train
+from endoprint.jobs.searching import OBJECTIVES
 
 
-def offer(workspace: str, *, model: str) -> dict[str, Any]:
+def offer(workspace: str, *, model: str, objective: str = "") -> dict[str, Any]:
     """Refit a search's winner, judge it on every development fold, and make it `@candidate`.
 
-    params.yaml is not changed. Returns the fit's run, the version, and what there is to say.
+    `objective`: of the study whose winner it is; none told: macro-F1 alone. params.yaml is not
+    changed. Returns the fit's run, the version, and what there is to say.
     """
-    run_id = train(workspace, model=model, tuned="yes")
+    run_id = train(workspace, model=model, tuned=objective or OBJECTIVES[0])
     version = register(workspace, run_id=run_id)
     quality = figures_of(workspace, run_id)["macro_f1"]
     said = (

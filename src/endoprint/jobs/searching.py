@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from multiprocessing.context import SpawnProcess
 
     from optuna import Study
+    from optuna.trial import FrozenTrial
 
     from endoprint.search import Figures, Limits, Objective, Trial
     from endoprint.tracking import Run
 
 OBJECTIVES: tuple[Objective, ...] = ("quality", "quality-cost")
-GRACE_SECONDS = 60.0  # for a further process to see that the study is over
 
 
 def search(
@@ -61,9 +61,9 @@ def search(
     with (
         progress.task(f"search {model}", limits.trials or int(limits.seconds or 0)) as step,
         tracking.run(space, name=f"search {model}", kind="search", model=model) as parent,
-        _helpers(workers - 1, workspace, model, asked, limits, parent.run_id),
     ):
-        tuning.run(limits, parent.run_id, told=step.reach)
+        with _helpers(workers - 1, workspace, model, asked, limits, parent.run_id):
+            tuning.run(limits, parent.run_id, told=step.reach)
         report(space, tuning, parent)
     return parent.run_id
 
@@ -167,6 +167,10 @@ class _Fit:
                 run.tags({"pruned": True})
                 run.description(f"given up: {error}")
                 given_up = error
+            except (Refusal, MemoryError, OSError):
+                raise  # said well enough; or a disk that is away, which is no fault of the values
+            except Exception as error:  # a library's own kind: the trial's, and the study goes on
+                raise RuntimeError(f"{type(error).__name__}: {error}") from error
             else:
                 run.metrics(judged.metrics)
         if given_up is not None:
@@ -181,7 +185,7 @@ class _Fit:
 def _helpers(
     n: int, workspace: str, model: str, objective: Objective, limits: Limits, parent: str
 ) -> Iterator[None]:
-    """Let `n` further processes work on a study while the block does; they end with it."""
+    """Let `n` further processes work on a study beside the block; each ends its last trial."""
     context = multiprocessing.get_context("spawn")  # threads of this one are not copied
     words = (workspace, model, objective, limits, parent, os.getpid())
     started: list[SpawnProcess] = []
@@ -192,7 +196,7 @@ def _helpers(
             started.append(process)
         yield
         for each in started:
-            each.join(GRACE_SECONDS)
+            each.join()
     finally:
         for each in started:
             if each.is_alive():
@@ -210,14 +214,19 @@ def _help(
 
 
 # -- what it came to ------------------------------------------------------------------------------
-def report(space: Workspace, tuning: Tuning, parent: Run) -> None:
-    """Keep with a study's run what it came to: figures, table, winner, and the proposal."""
+def report(
+    space: Workspace, tuning: Tuning, parent: Run, *, best: FrozenTrial | None = None
+) -> None:
+    """Keep with a study's run what it came to: figures, table, winner, and the proposal.
+
+    `best`: the trial that is proposed; none: the study's best.
+    """
     from endoprint import report as drawn
     from endoprint import search as optuna_search
     from endoprint.model import model_class
 
     study, model = tuning.study, tuning.model
-    result = result_of(space, model, study)
+    result = result_of(space, model, study, best=best)
     table = optuna_search.table_of(study)
     shares = optuna_search.importance(study)
     ranges = model_class(model).Config.search_space()
@@ -269,7 +278,8 @@ def _studies(space: Workspace, model: str) -> dict[str, Study]:
 
 
 def _last_worked_on(study: Study) -> str:
-    return max((str(t.datetime_start) for t in study.get_trials(False)), default="")
+    begun = [t.datetime_start for t in study.get_trials(False) if t.datetime_start]
+    return max(map(str, begun), default="")  # queued ones were not worked on
 
 
 def journal_of(space: Workspace, model: str) -> Any:
@@ -314,22 +324,22 @@ def n_trials_behind(space: Workspace, model: str, config: Config) -> int:
     said = config.model_dump()
     chosen = [0]
     for study in _studies(space, model).values():
-        n_trials = optuna_search.n_finished(study)
-        try:
-            values = optuna_search.winner(study)
-        except Refusal:
-            continue  # no trial came to an end
-        # what a trial was not asked, its fit chose for itself
-        if all(said[name] == values.get(name) for name in config.search_space()):
-            chosen.append(n_trials)
+        for trial in optuna_search.complete(study):
+            # what a trial was not asked, its fit chose for itself
+            is_it = all(said[name] == trial.params.get(name) for name in config.search_space())
+            # today's values come first: nobody chose them for their figure unless they won
+            if is_it and (trial.number or trial == optuna_search.best(study)):
+                chosen.append(optuna_search.n_finished(study))
     return max(chosen)
 
 
-def result_of(space: Workspace, model: str, study: Study) -> dict[str, Any]:
+def result_of(
+    space: Workspace, model: str, study: Study, *, best: FrozenTrial | None = None
+) -> dict[str, Any]:
     """Return a study's winner as plain values, with the text a person reads."""
     from endoprint import search as optuna_search
 
-    best = optuna_search.best(study)
+    best = best or optuna_search.best(study)
     values = dict(best.params)
     diff = optuna_search.proposal(
         space.root / "params.yaml", {model: news_of(space, model, values)}

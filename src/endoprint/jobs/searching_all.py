@@ -38,8 +38,14 @@ class _Field:
         said: dict[str, float | None] = {}
         for name, entry in self.entries.items():
             found = optuna_search.best_within(entry.tuning.study, entry.allotted)
-            said[name] = None if found is None or entry.error else float(found.values[0])
+            said[name] = None if found is None else float(found.values[0])
         return said
+
+
+def refuse_more_than_a_budget(*more: object) -> None:
+    """Refuse whatever else was told to a search of all."""
+    if any(more):
+        raise Refusal("a search of all has a budget alone", "more", "say a budget such as 2h")
 
 
 def search_all(workspace: str, *, budget: str) -> str:
@@ -73,9 +79,12 @@ def search_all(workspace: str, *, budget: str) -> str:
             )
             field_.entries[model] = _Entry(Tuning.of(space, model), run)
         _halve(field_, seconds, step)
-        for model, figure in field_.figures().items():
-            if figure is not None:  # else no trial came to its end
-                report(space, field_.entries[model].tuning, field_.entries[model].run)
+        for entry in field_.entries.values():
+            best = optuna_search.best_within(entry.tuning.study, entry.allotted)
+            if best is not None:  # else no trial came to its end
+                report(space, entry.tuning, entry.run, best=best)
+            if entry.error:
+                entry.run.tags({"error": entry.error[:500]})
         result = _result(space, field_, budget)
         parent.record("winners", result)
         parent.text("proposal.diff", result["diff"] and result["diff"] + "\n")
@@ -115,7 +124,7 @@ def _result(space: Workspace, field_: _Field, budget: str) -> dict[str, Any]:
     rows, winners = [], {}
     for model, entry in field_.entries.items():
         study = entry.tuning.study
-        best = None if entry.error else optuna_search.best_within(study, entry.allotted)
+        best = optuna_search.best_within(study, entry.allotted)
         if best is not None:
             winners[model] = news_of(space, model, dict(best.params))
         rows.append(

@@ -59,5 +59,8 @@ def _is_needed(folder: Path) -> bool:
     with unheld(folder) as is_free:
         if not is_free:
             return True
-        times = [each.stat().st_mtime for each in (folder, *folder.iterdir())]
+        try:
+            times = [each.lstat().st_mtime for each in (folder, *folder.iterdir())]
+        except FileNotFoundError:  # somebody is at work in it
+            return True
         return time.time() - max(times) < KEPT_DAYS * 24 * 3600

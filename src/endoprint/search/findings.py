@@ -23,7 +23,12 @@ def best(study: Study) -> FrozenTrial:
 
     Where it counts, macro-F1 is equal that is within .01 of the front's best.
     """
-    return _best(_complete(study), study)
+    done = complete(study)
+    if not done:
+        raise Refusal(
+            "a winner needs a complete trial", f"none in {study.study_name}", "run more trials"
+        )
+    return _best(done, study)
 
 
 def best_within(study: Study, seconds: float) -> FrozenTrial | None:
@@ -46,13 +51,9 @@ def winner(study: Study) -> dict[str, Any]:
     return dict(best(study).params)
 
 
-def _complete(study: Study) -> list[FrozenTrial]:
-    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    if not done:
-        raise Refusal(
-            "a winner needs a complete trial", f"none in {study.study_name}", "run more trials"
-        )
-    return done
+def complete(study: Study) -> list[FrozenTrial]:
+    """Return the trials that came to a figure."""
+    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
 
 
 def _best(done: list[FrozenTrial], study: Study) -> FrozenTrial:

@@ -16,6 +16,7 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError, ProgrammingError
 
 from endoprint.config import Refusal
@@ -89,7 +90,7 @@ def storage(journal: Path) -> BaseStorage:
 
 def _database(address: str) -> RDBStorage:
     """Open a database, making its tables on first use; an error never spells the password."""
-    place = address.rpartition("@")[2]
+    place = _place(address)
     for patience in (1, 2, 4, 0):
         try:
             return RDBStorage(address, engine_kwargs={"pool_pre_ping": True})
@@ -100,6 +101,15 @@ def _database(address: str) -> RDBStorage:
         except (OperationalError, ArgumentError, ImportError, ValueError) as error:
             raise _no_storage(place, error) from None
     raise AssertionError("unreachable")
+
+
+def _place(address: str) -> str:
+    """Return host and database of an address, and nothing that may be a secret."""
+    try:
+        url = make_url(address)
+    except ArgumentError:
+        return "an address that can not be read"
+    return f"{url.host or 'this machine'}/{url.database or ''}"
 
 
 def _no_storage(place: str, error: Exception) -> Refusal:
@@ -162,7 +172,8 @@ def earlier_values(journal: Path, study: Study, *, test: list[str]) -> list[dict
 
     At most three, each study's best before any's second. Values only: figures on other cells or
     splits say nothing here. A study that was judged on a unit which is a test unit today is passed
-    over: its values were chosen by what the test is to judge.
+    over: its values were chosen by what the test is to judge. So a study that takes values also
+    takes over, as its own, the units that they were chosen on.
     """
     asked = study.user_attrs
     found = [
@@ -179,10 +190,17 @@ def earlier_values(journal: Path, study: Study, *, test: list[str]) -> list[dict
         other = optuna.load_study(study_name=each.study_name, storage=storage(journal))
         done = other.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         done.sort(key=lambda trial: trial.values[0], reverse=True)
-        ranked.append([dict(trial.params) for trial in done[:MOST_EARLIER]])
+        units = set(each.user_attrs.get("development", ()))
+        ranked.append([(dict(trial.params), units) for trial in done[:MOST_EARLIER]])
     values: list[dict[str, Any]] = []
+    behind = set(asked.get("development", ()))
     for rank in range(MOST_EARLIER):
         for best in ranked:
-            if rank < len(best) and best[rank] and best[rank] not in values:
-                values.append(best[rank])
-    return values[:MOST_EARLIER]
+            if rank >= len(best) or len(values) == MOST_EARLIER:
+                continue
+            taken, units = best[rank]
+            if taken and taken not in values:
+                values.append(taken)
+                behind |= units
+    study.set_user_attr("development", sorted(behind))
+    return values

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+import numpy as np
 from optuna import Study
 from optuna import Trial as Asked
 from optuna.distributions import (
@@ -119,6 +120,8 @@ def _run(study: Study, asked: Asked, objective: Fit) -> bool:
     )
     try:
         figures = objective(trial)
+        if np.isnan(figures).any():
+            raise ArithmeticError("a figure that is no number")
     except Pruned:
         asked.set_user_attr(SECONDS, seconds())
         study.tell(asked, state=TrialState.PRUNED)
@@ -128,6 +131,10 @@ def _run(study: Study, asked: Asked, objective: Fit) -> bool:
         asked.set_user_attr(ERROR, said[:500])  # never hidden
         study.tell(asked, state=TrialState.FAIL)
         return False
+    except BaseException:  # not the trial's fault: a store that is away, Ctrl-C; tried once more
+        asked.set_user_attr(SECONDS, seconds())
+        _give_back(study, study.get_trials(deepcopy=False)[asked.number])
+        raise
     else:
         asked.set_user_attr(SECONDS, seconds())
         study.tell(asked, figures)
@@ -140,13 +147,16 @@ def _watch(study: Study, asked: Asked, seconds: Callable[[], float]) -> Watch:
     An epoch is one where validation cells were called after learning; the steps of a model that
     tries penalties are none. Epochs that come again are another fold's: the first one decides.
     """
-    heard = -1
+    heard, is_first_fold = -1, True
 
     def watch(epoch: int, metrics: dict[str, float]) -> None:
-        nonlocal heard
+        nonlocal heard, is_first_fold
         asked.set_user_attr(SECONDS, seconds())  # also of a trial that is killed
         is_epoch = "valid_macro_f1" in metrics and "penalty" not in metrics
-        if len(study.directions) > 1 or not is_epoch or epoch <= heard:
+        if len(study.directions) > 1 or not is_epoch:
+            return
+        is_first_fold = is_first_fold and epoch > heard
+        if not is_first_fold:
             return
         heard = epoch
         asked.report(metrics["valid_macro_f1"], epoch)
@@ -249,13 +259,16 @@ def close_orphans(study: Study) -> None:
     Once: values that kill their process, for want of memory, would else do so for ever.
     """
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if _lives(trial):
-            continue
-        study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
-        values = trial.system_attrs.get("fixed_params") or trial.params
-        if values and not str(trial.user_attrs.get(ONCE)).startswith("again"):
-            kept = {NAMES: trial.user_attrs[NAMES]} if NAMES in trial.user_attrs else {}
-            study.enqueue_trial(values, user_attrs={ONCE: f"again {trial.number}", **kept})
+        if not _lives(trial):
+            _give_back(study, trial)
+
+
+def _give_back(study: Study, trial: FrozenTrial) -> None:
+    study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+    values = trial.system_attrs.get("fixed_params") or trial.params
+    if values and not str(trial.user_attrs.get(ONCE)).startswith("again"):
+        kept = {NAMES: trial.user_attrs[NAMES]} if NAMES in trial.user_attrs else {}
+        study.enqueue_trial(values, user_attrs={ONCE: f"again {trial.number}", **kept})
 
 
 def _lives(trial: FrozenTrial) -> bool:
