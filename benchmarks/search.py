@@ -1,6 +1,6 @@
 """What a search costs until it is as good as trying everything: 60 configurations, replayed.
 
-Recorded once for each of three simulated atlases (five exposures, some 2,000 cells; a Geneformer of
+Recorded once for each of three simulated atlases (five exposures, 2,000 cells; a Geneformer of
 one layer x 32): 60 configurations drawn evenly from the model's own search space, and its defaults
 as number 60. Each is fitted on one development fold as a trial is: macro-F1 on validation cells
 and processor seconds after every epoch, macro-F1 on the held-out units at the end. No test unit is
