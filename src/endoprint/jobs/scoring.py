@@ -57,7 +57,13 @@ def score(
         annotated.refuse_unwritable([str(x) for x in inputs.find(where)], space.root / annotate)
     with progress.task("score") as step:
         job = scoring.plan(
-            fitted, version, where, place, cells=config, look=lambda name: step(0, note=name)
+            fitted,
+            version,
+            where,
+            place,
+            cells=config,
+            look=lambda name: step(0, note=name),
+            is_begun=True,
         )
         populations.check_by(job, by, place)
         missing = scoring.finished(place, job.key) is None

@@ -9,14 +9,16 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from threadpoolctl import threadpool_limits
+from anndata import AnnData
 
 from endoprint.model import ExposureModel
 from endoprint.scoring import inputs
@@ -24,7 +26,7 @@ from endoprint.scoring.abandoned import remove
 from endoprint.scoring.columns import few_words, schema
 from endoprint.scoring.inputs import Reading
 from endoprint.scoring.job import Job, Shard, scratch
-from endoprint.scoring.rows import rows
+from endoprint.scoring.rows import rows, stamped, with_threads
 from endoprint.scoring.summary import (
     SCORES,
     SUMMARY,
@@ -67,19 +69,33 @@ class Desk:
         shards = self.job.shards
         begin %= max(len(shards), 1)
         order = [*shards[begin:], *shards[:begin]]
-        with _threads(self.job.layout.threads), _Readings(self.job, self.out_dir) as readings:
-            for waits in (False, True):
-                for shard in order:
-                    if self.is_done(shard):
-                        continue
-                    if not is_wanted():
-                        return
-                    with self._claimed(shard, waits=waits) as is_mine:
-                        if is_mine and not self.is_done(shard):
-                            self._make(model, shard, readings)
-                    watch(self.n_cells_done(), self.job.n_cells)
-            readings.close()
-            self._refuse_changed(readings.made)
+        with with_threads(self.job.layout.threads), _Aside(self) as aside:
+            for held in self._held(order, aside):
+                if not is_wanted():
+                    return
+                aside.write(held, self._rows(model, held))
+                watch(self.n_cells_done(), self.job.n_cells)
+            aside.settle()
+        self.n_computed += len(aside.made)
+        watch(self.n_cells_done(), self.job.n_cells)
+        self._refuse_changed(aside.made)
+
+    def _held(self, order: Sequence[Shard], aside: _Aside) -> Iterator[Held]:
+        """Yield every part that is this worker's to make, while the one after it is being read."""
+        ahead: Held | None = None
+        for shard in order:
+            claim = None if self.is_done(shard) else self._claimed(shard)
+            if claim:
+                held, ahead = ahead, aside.read(shard, claim)
+                if held:
+                    yield held
+        if ahead:
+            yield ahead
+        for shard in order:  # of others: theirs to finish, or left by the dead
+            # one at a time: who waits holds nothing that another may wait for
+            claim = None if self.is_done(shard) else self._claimed(shard, waits=True)
+            if claim:
+                yield aside.read(shard, claim)
 
     def is_done(self, shard: Shard) -> bool:
         """Say whether a part is there; parts appear whole."""
@@ -90,8 +106,8 @@ class Desk:
         there = {entry.name for entry in os.scandir(self.folder)}
         return sum(shard.stop - shard.start for shard in self.job.shards if shard.name in there)
 
-    def _make(self, model: ExposureModel, shard: Shard, readings: _Readings) -> None:
-        of = self.job.inputs[shard.input]
+    def _rows(self, model: ExposureModel, held: Held) -> pa.Table:
+        of = self.job.inputs[held.shard.input]
         same = {
             "file": of.file,
             "input_md5": of.md5,
@@ -100,7 +116,15 @@ class Desk:
             "model_sha256": self.job.version.sha256,
         }
         with inputs.naming(Path(of.path)):
-            table = rows(model, readings.of(shard).part(shard.start, shard.stop), same)
+            table = (
+                rows(model, held.cells.result())
+                if held.cells
+                else self.job.early.pop(held.shard.number)
+            )
+        return stamped(table, same, schema(model.exposures))
+
+    def write(self, shard: Shard, table: pa.Table) -> None:
+        """Let a part appear, whole."""
         beside = self.folder / f".{shard.name}.{os.getpid()}.part"
         # not compressed: it is read once more and goes; the checksums are for disks that err
         pq.write_table(
@@ -111,8 +135,6 @@ class Desk:
             use_dictionary=few_words(table.schema),
         )
         os.replace(beside, self.folder / shard.name)
-        readings.made.append(shard)
-        self.n_computed += 1
 
     def _refuse_changed(self, made: list[Shard]) -> None:
         """Take back what was made of a file that changed meanwhile."""
@@ -125,16 +147,21 @@ class Desk:
                         (self.folder / shard.name).unlink(missing_ok=True)
                 raise
 
-    @contextmanager
-    def _claimed(self, shard: Shard, *, waits: bool) -> Iterator[bool]:
-        """Hold a part for this worker alone, if nobody else does."""
-        with (self.folder / f".{shard.name}.lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
-            except BlockingIOError:
-                yield False
-                return
-            yield True
+    def _claimed(self, shard: Shard, *, waits: bool = False) -> IO[str] | None:
+        """Hold a missing part for this worker alone, until what is returned is closed.
+
+        None where another made it, or is at it and this one does not wait.
+        """
+        file = (self.folder / f".{shard.name}.lock").open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
+        except BlockingIOError:
+            file.close()
+            return None
+        if self.is_done(shard):
+            file.close()
+            return None
+        return file
 
     # -- the whole ------------------------------------------------------------------------------
     def publish(self, model: ExposureModel, *, seconds: Callable[[], float]) -> ScoreSummary:
@@ -219,48 +246,69 @@ def _clear(out_dir: Path, job: Job) -> None:
             shutil.rmtree(out_dir / f".rows-{each.signature[:16]}", ignore_errors=True)
 
 
-class _Readings:
-    """The file that is read now: opened when a part asks for it, closed for the next."""
+@dataclass(frozen=True)
+class Held:
+    """A part that is this worker's to make: its claim, and its cells once they are read.
 
-    def __init__(self, job: Job, out_dir: Path) -> None:
-        self._job, self._out_dir = job, out_dir
-        self._stack = ExitStack()
+    No cells: its rows were found early, while the file's md5 was taken.
+    """
+
+    shard: Shard
+    claim: IO[str]
+    cells: Future[AnnData] | None
+
+
+class _Aside:
+    """A thread beside the model's: it reads and checks the next part, and writes the last one.
+
+    It alone touches the file that is read: opened when a part asks for it, closed for the next.
+    """
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+        self._claims = ExitStack()  # whatever happens, none outlives this worker's turn
+        self._thread = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
+        self._file = ExitStack()
         self._input = -1
         self._reading: Reading | None = None
         self.made: list[Shard] = []
 
-    def __enter__(self) -> _Readings:
+    def __enter__(self) -> _Aside:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self._thread.shutdown()  # what was begun is ended: a part is never half there
+        self._file.close()
+        self._claims.close()
 
-    def of(self, shard: Shard) -> Reading:
+    def read(self, shard: Shard, claim: IO[str]) -> Held:
+        """Begin to read a part."""
+        self._claims.enter_context(claim)
+        is_early = shard.number in self._desk.job.early
+        return Held(shard, claim, None if is_early else self._thread.submit(self._read, shard))
+
+    def write(self, held: Held, table: pa.Table) -> None:
+        """Begin to write a part, once the one before is written."""
+        self.settle()
+        self._writing = self._thread.submit(self._write, held, table)
+
+    def settle(self) -> None:
+        """Wait until all that was given is written; raises what went wrong."""
+        if self._writing:
+            self._writing.result()
+
+    def _read(self, shard: Shard) -> AnnData:
         if shard.input != self._input:
-            self.close()
-        if self._reading is None:
-            path = Path(self._job.inputs[shard.input].path)
-            self._reading = self._stack.enter_context(
-                inputs.opened(path, self._job.cells, scratch(self._out_dir, path))
-            )
-            self._input = shard.input
-        return self._reading
+            self._file.close()
+            path = Path(self._desk.job.inputs[shard.input].path)
+            scratched = scratch(self._desk.out_dir, path)
+            opening = inputs.opened(path, self._desk.job.cells, scratched)
+            self._reading, self._input = self._file.enter_context(opening), shard.input
+        assert self._reading is not None
+        return self._reading.part(shard.start, shard.stop)
 
-    def close(self) -> None:
-        self._stack.close()
-        self._input, self._reading = -1, None
-
-
-@contextmanager
-def _threads(n: int) -> Iterator[None]:
-    """Compute with so many threads: their number can change a sum's last bits."""
-    torch = sys.modules.get("torch")  # never loaded only to be told
-    before = torch.get_num_threads() if torch is not None else 0
-    with threadpool_limits(limits=n):
-        if torch is not None:
-            torch.set_num_threads(n)
-        try:
-            yield
-        finally:
-            if torch is not None:
-                torch.set_num_threads(before)
+    def _write(self, held: Held, table: pa.Table) -> None:
+        self._desk.write(held.shard, table)
+        self.made.append(held.shard)
+        held.claim.close()

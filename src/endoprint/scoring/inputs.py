@@ -35,7 +35,7 @@ class Input:
 
     file: str
     path: str
-    md5: str
+    md5: str  # of its bytes; "" before they were read
     signature: str  # size and time of change: whether the bytes are still those
     n_cells: int
     gene_share: float  # of the model's genes, those the file has
@@ -102,7 +102,7 @@ def _may_be_cells(path: Path) -> bool:
 
 
 def look_at(path: Path, model: ExposureModel, config: CellsConfig, scratch: Path) -> Input:
-    """Identify a file by its bytes, and refuse one that this model can not score."""
+    """Say what a file holds, and refuse one that this model can not score; no md5 is taken yet."""
     state, table = signature(path), path.parent / config.obs_table
     with naming(path), opened(path, config, scratch) as reading:
         found = reading.found
@@ -129,7 +129,7 @@ def look_at(path: Path, model: ExposureModel, config: CellsConfig, scratch: Path
     return Input(
         file=path.name,
         path=str(path),
-        md5=md5(path),
+        md5="",
         signature=state,
         n_cells=found.n_cells,
         gene_share=known,

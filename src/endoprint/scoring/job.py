@@ -9,8 +9,12 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from threading import Event
+
+import pyarrow as pa
 
 from endoprint.cells import CellsConfig
 from endoprint.config import Refusal
@@ -20,6 +24,10 @@ from endoprint.registry import Version
 from endoprint.scoring import inputs
 from endoprint.scoring.columns import FORMAT, schema
 from endoprint.scoring.inputs import Input
+from endoprint.scoring.rows import rows, with_threads
+
+SOON = 0.1  # seconds: what is identified by then is not worth a second reader
+MOST_EARLY = 64  # parts kept in memory, some 400 kB each
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,8 @@ class Job:
     inputs: list[Input]
     cells: CellsConfig
     layout: Layout
+    # rows of first parts that were found while the md5 was taken, by the part's number
+    early: dict[int, pa.Table] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def n_cells(self) -> int:
@@ -81,14 +91,18 @@ def plan(
     cells: CellsConfig,
     layout: Layout | None = None,
     look: Callable[[str], None] = lambda name: None,
+    is_begun: bool = False,
 ) -> Job:
     """Look at every file and decide the job, or refuse in one line and leave nothing behind.
 
     `where`: a file, a folder of them, or a pattern. `look(name)` is told which file is looked at.
+    `is_begun`: judge first cells already while files are identified by their bytes, unless
+    `out_dir` holds scores that may turn out to be these.
     """
     refuse_file(out_dir)
     layout = layout or Layout()
     was_there = out_dir.exists()
+    is_begun = is_begun and not (was_there and any(out_dir.iterdir()))
     found = []
     try:
         for path in inputs.find(where):
@@ -98,6 +112,7 @@ def plan(
                     "scores go beside the cells, never into them", f"{out_dir}", "name another"
                 )
             found.append(inputs.look_at(path, model, cells, scratch(out_dir, path)))
+        job = _identified(Job("", version, found, cells, layout), model, out_dir, is_begun)
     except Refusal:
         for path in out_dir.glob(".rows-*"):
             shutil.rmtree(path, ignore_errors=True)
@@ -105,7 +120,41 @@ def plan(
             out_dir.rmdir()
         raise
     make(out_dir)
-    return Job(job_key(model, version.sha256, found, cells, layout), version, found, cells, layout)
+    return job
+
+
+def _identified(job: Job, model: ExposureModel, out_dir: Path, is_begun: bool) -> Job:
+    """Return a job with its files' md5 and its key, and with what was found meanwhile."""
+    is_known = Event()
+    with ThreadPoolExecutor(1) as beside:  # an md5 leaves the processor's other cores idle
+        begun = beside.submit(_first_rows, job, model, out_dir, is_known) if is_begun else None
+        try:
+            read = [replace(each, md5=inputs.md5(Path(each.path))) for each in job.inputs]
+        finally:
+            is_known.set()
+        early = begun.result() if begun else {}
+    key = job_key(model, job.version.sha256, read, job.cells, job.layout)
+    return replace(job, key=key, inputs=read, early=early)
+
+
+def _first_rows(
+    job: Job, model: ExposureModel, out_dir: Path, is_known: Event
+) -> dict[int, pa.Table]:
+    """Judge the first file's first cells until its bytes are known."""
+    found: dict[int, pa.Table] = {}
+    path = Path(job.inputs[0].path)
+    if is_known.wait(SOON):
+        return found
+    with (
+        with_threads(job.layout.threads),
+        inputs.naming(path),
+        inputs.opened(path, job.cells, scratch(out_dir, path)) as reading,
+    ):
+        for shard in job.shards[:MOST_EARLY]:
+            if shard.input or is_known.is_set():
+                break
+            found[shard.number] = rows(model, reading.part(shard.start, shard.stop))
+    return found
 
 
 def job_key(

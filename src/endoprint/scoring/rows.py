@@ -5,12 +5,15 @@ n cells, E exposures.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from anndata import AnnData
+from threadpoolctl import threadpool_limits
 
 from endoprint.curated import EXACT_IN_FLOAT32
 from endoprint.model import ExposureModel
@@ -19,8 +22,8 @@ from endoprint.scoring.columns import NO_ANSWER, NO_GENES, schema
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-def rows(model: ExposureModel, cells: AnnData, same: Mapping[str, str]) -> pa.Table:
-    """Return one row per cell, (n, ...), in their order; `same`: columns of one value for all."""
+def rows(model: ExposureModel, cells: AnnData) -> pa.Table:
+    """Return one row per cell, (n, ...), in their order: the columns that tell cells apart."""
     in_model, total, reason = _known(model, cells)
     is_fine = reason == ""  # what can not be trusted is not asked about
     probabilities, novelty = _asked(model, cells, is_fine)
@@ -49,15 +52,40 @@ def rows(model: ExposureModel, cells: AnnData, same: Mapping[str, str]) -> pa.Ta
         "n_genes": cells.obs["n_genes"].to_numpy(dtype=np.int64),
         "known_share": np.divide(in_model, total, out=np.zeros_like(total), where=total > 0),
     }
-    columns = []
-    for field in schema(model.exposures):
-        if field.name in same:
-            columns.append(pa.repeat(pa.scalar(same[field.name], pa.string()), cells.n_obs))
-        elif isinstance(told[field.name], pa.Array):
-            columns.append(told[field.name])
-        else:
-            columns.append(pa.array(told[field.name], field.type, from_pandas=True))
-    return pa.Table.from_arrays(columns, schema=schema(model.exposures))
+    fields = [field for field in schema(model.exposures) if field.name in told]
+    columns = [
+        told[field.name]
+        if isinstance(told[field.name], pa.Array)
+        else pa.array(told[field.name], field.type, from_pandas=True)
+        for field in fields
+    ]
+    return pa.Table.from_arrays(columns, schema=pa.schema(fields))
+
+
+def stamped(table: pa.Table, same: Mapping[str, str], wanted: pa.Schema) -> pa.Table:
+    """Return rows with the columns that have one value for all, in the order of `wanted`."""
+    columns = [
+        pa.repeat(pa.scalar(same[field.name], field.type), table.num_rows)
+        if field.name in same
+        else table[field.name]
+        for field in wanted
+    ]
+    return pa.Table.from_arrays(columns, schema=wanted)
+
+
+@contextmanager
+def with_threads(n: int) -> Iterator[None]:
+    """Compute with so many threads: their number can change a sum's last bits."""
+    torch = sys.modules.get("torch")  # never loaded only to be told
+    before = torch.get_num_threads() if torch is not None else 0
+    with threadpool_limits(limits=n):
+        if torch is not None:
+            torch.set_num_threads(n)
+        try:
+            yield
+        finally:
+            if torch is not None:
+                torch.set_num_threads(before)
 
 
 def _known(model: ExposureModel, cells: AnnData) -> tuple[Array, Array, Array]:
