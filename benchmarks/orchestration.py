@@ -14,7 +14,7 @@ Processor seconds of every process that took part (children that outlive their p
 wall. The difference hardly depends on how long the fits take; its share is told for this story and
 for one of ten minutes.
 
-    python benchmarks/orchestration.py [--cells 1800] [--steps 150] [--seed 0]
+    python benchmarks/orchestration.py [--cells 1800] [--steps 150] [--seed 0] [--stories flow]
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=150, help="fewest steps of a Geneformer fit")
     parser.add_argument("--cells", type=int, default=1800, help="labelled cells")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stories", nargs="+", choices=list(STORIES), default=list(STORIES))
     parser.add_argument("--bare", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.bare:
@@ -63,12 +64,12 @@ def main() -> None:
     print(f"{'story':8s} {'processor s':>12s} {'wall s':>8s}")
     cost: dict[str, tuple[float, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name in (*STORIES, "bare"):
+        for name in (*asked.stories, "bare"):
             space = a_workspace(Path(folder) / name, asked=asked)
             words = STORIES.get(name, [__file__, "--bare", str(space)])
             cost[name] = spent(words, cwd=space)
             print(f"{name:8s} {cost[name][0]:12.1f} {cost[name][1]:8.1f}", flush=True)
-    for name in STORIES:
+    for name in asked.stories:
         for what, one, other in zip(("processor", "wall"), cost[name], cost["bare"]):
             more = one - other
             print(

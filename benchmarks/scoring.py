@@ -169,7 +169,9 @@ def main() -> None:
         for n_cells in chosen.cells:
             path = top / f"{n_cells}.h5ad"
             write(path, block, n_cells)
-            words = [sys.executable, __file__, "--measure", path, top / "model", top / "out"]
+            os.sync()  # or its last gigabytes are written while it is read
+            out = top / f"{n_cells}"  # of its own: where scores stand, nothing begins early
+            words = [sys.executable, __file__, "--measure", path, top / "model", out]
             done = subprocess.run(
                 list(map(str, words)), check=True, capture_output=True, text=True, env=os.environ
             )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from prefect import flow, task
 
 from endoprint import jobs
 from flows.care import HOUR_SECONDS, NOTED, TRIED_AGAIN
+from flows.gpu import a_turn
 
 
 @flow(**NOTED)
@@ -14,10 +17,8 @@ def train(workspace: str = ".", models: list[str] | None = None, night: str = ""
 
     `night`: a name for this night's work; a fit that was finished under it is not made again.
     """
-    for model in models or jobs.model_names(workspace):
-        task(jobs.train, name=f"train {model}", timeout_seconds=12 * HOUR_SECONDS, **TRIED_AGAIN)(
-            workspace, model=model, night=night
-        )
-    return task(
-        jobs.leaderboard, name="leaderboard", timeout_seconds=12 * HOUR_SECONDS, **TRIED_AGAIN
-    )(workspace)
+    long: dict[str, Any] = {"timeout_seconds": 12 * HOUR_SECONDS, **TRIED_AGAIN}
+    with a_turn():
+        for model in models or jobs.model_names(workspace):
+            task(jobs.train, name=f"train {model}", **long)(workspace, model=model, night=night)
+    return task(jobs.leaderboard, name="leaderboard", **long)(workspace)

@@ -663,6 +663,7 @@ def test_memory_does_not_grow_with_the_number_of_cells(tmp_path, form):
         )
         peaks.append(int(done.stdout) / 1024)
 
-    # 16,000 more cells are 200 MB of counts (256 with their zeros) and 100 MB of tokens
-    assert peaks[1] - peaks[0] < 60
+    # 16,000 more cells are 200 MB of counts (256 with their zeros) and 100 MB of tokens. zarr's
+    # threads hold more or fewer chunks at once, by chance: some 60 MB on a busy machine
+    assert peaks[1] - peaks[0] < 100
     assert peaks[1] < 1024

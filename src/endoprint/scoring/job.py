@@ -26,7 +26,7 @@ from endoprint.scoring.columns import FORMAT, schema
 from endoprint.scoring.inputs import Input
 from endoprint.scoring.rows import rows, with_threads
 
-SOON = 0.1  # seconds: what is identified by then is not worth a second reader
+SOON = 0.02  # seconds: what is identified by then is not worth a second reader
 MOST_EARLY = 64  # parts kept in memory, some 400 kB each
 
 
