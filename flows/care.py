@@ -10,20 +10,9 @@ from prefect.client.schemas.objects import FlowRun, State, TaskRun
 from prefect.tasks import exponential_backoff
 
 from endoprint.config import Refusal
+from endoprint.passing import is_passing
 
-REMOTE = ("mlflow", "sqlalchemy", "botocore", "requests", "urllib3")  # whose errors may pass
-LASTING = (FileNotFoundError, PermissionError, FileExistsError, NotADirectoryError, TimeoutError)
 HOUR_SECONDS = 3600.0
-
-
-def is_passing(error: object) -> bool:
-    """Whether a second try may end otherwise: a refused rule stays broken, a lost line may not."""
-    if isinstance(error, (Refusal, *LASTING)):
-        return False
-    status = getattr(error, "get_http_status_code", None)  # a server that said no will again
-    if status is not None and status() < 500:
-        return False
-    return isinstance(error, OSError) or type(error).__module__.split(".")[0] in REMOTE
 
 
 def worth_trying_again(task: Task[Any, Any], task_run: TaskRun, state: State[Any]) -> bool:

@@ -198,10 +198,11 @@ def test_only_what_may_pass_by_itself_is_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
-    from flows.care import is_passing
     from mlflow.exceptions import MlflowException
     from requests import ConnectionError as Unreachable
     from sqlalchemy.exc import OperationalError
+
+    from endoprint.passing import is_passing
 
     passing = [
         OSError("disk"),

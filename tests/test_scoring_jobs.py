@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -17,6 +18,7 @@ from scipy import sparse
 from conftest import planted_cells
 from endoprint import jobs, registry, scoring, tracking
 from endoprint.config import Refusal
+from endoprint.jobs import inbox as box_jobs
 from endoprint.jobs.scoring import _Pace
 from endoprint.scoring import inbox
 from endoprint.workspace import Workspace
@@ -359,6 +361,61 @@ def test_a_file_that_can_not_be_scored_is_said_and_passed_by(lab: Path) -> None:
     assert told["scored"] == ["b.h5ad"]
     assert "raw counts" in told["refused"]["a.h5ad"]
     new_cells(lab / "inbox/a.h5ad")
+    assert look(lab)["scored"] == ["a.h5ad"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_damaged_files_hold_up_no_other(lab: Path) -> None:
+    cells = new_cells(lab / "inbox/whole.h5ad")
+    cells.obs["unit"] = pd.Categorical(cells.obs["unit"])
+    cells.write_h5ad(lab / "inbox/codes.h5ad")
+    with h5py.File(lab / "inbox/codes.h5ad", "r+") as file:
+        file["obs/unit/codes"][3] = 99
+    cells.write_zarr(lab / "inbox/index.zarr")
+    for part in (lab / "inbox/index.zarr/obs/_index").rglob("*"):
+        if part.is_file() and not part.name.startswith((".z", "zarr.json")):
+            part.write_bytes(part.read_bytes()[:20])
+    for _ in range(2):  # the next hour as well
+        told = look(lab)
+        assert "whole.h5ad" not in told["refused"]
+        assert "99 for 2" in told["refused"]["codes.h5ad"]
+        assert "can not be read" in told["waiting"]["index.zarr"]
+    assert (lab / "scored/whole.h5ad/scores.parquet").is_file()
+
+
+@pytest.mark.usefixtures("quick")
+def test_no_error_of_one_file_holds_up_the_others(
+    lab: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "ab":
+        new_cells(lab / f"inbox/{name}.h5ad", seed=ord(name))
+    real = box_jobs.score
+
+    def score(workspace: str, *, file: str, out: str, model: str = "") -> str:
+        if file.endswith("a.h5ad"):
+            raise ZeroDivisionError("a\nb")
+        return real(workspace, file=file, out=out, model=model)
+
+    monkeypatch.setattr(box_jobs, "score", score)
+    assert look(lab) == {
+        "scored": ["b.h5ad"], "waiting": {}, "refused": {"a.h5ad": "ZeroDivisionError: a b"}
+    }  # fmt: skip
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_store_that_is_away_is_no_fault_of_a_file(
+    lab: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new_cells(lab / "inbox/a.h5ad")
+
+    def score(*words: object, **more: object) -> str:
+        raise ConnectionError("the store is away")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(box_jobs, "score", score)
+        with pytest.raises(ConnectionError):
+            look(lab)
+    assert inbox.read(lab / "scored") == {}
     assert look(lab)["scored"] == ["a.h5ad"]
 
 

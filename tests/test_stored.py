@@ -9,11 +9,13 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
+import zarr as zarr_store
 from anndata import AnnData
 from scipy import sparse
 
 from conftest import planted_cells
 from endoprint import stored, transposed
+from endoprint.config import Refusal
 from files import write_10x, write_mtx
 
 
@@ -161,3 +163,63 @@ def test_laying_out_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="disk"):
         transposed.lay_out(broken(), tmp_path / "rows.h5", n_cells=2, n_genes=3, n_entries=6)
     assert list(tmp_path.iterdir()) == []
+
+
+# -- damaged files ------------------------------------------------------------------------------
+def code(value: int) -> Callable[[Path], None]:
+    """Let a cell have a category that is not there."""
+
+    def hurt(path: Path) -> None:
+        if path.is_dir():
+            zarr_store.open_group(str(path), mode="r+")["obs/kind/codes"][3] = value
+            return
+        with h5py.File(path, "r+") as file:
+            file["obs/kind/codes"][3] = value
+
+    return hurt
+
+
+def half_an_index(path: Path) -> None:
+    part = next(each for each in (path / "obs/_index").rglob("*") if each.name in ("0", "c"))
+    part = part / "0" if part.is_dir() else part
+    part.write_bytes(part.read_bytes()[: part.stat().st_size // 2])
+
+
+def newer(path: Path) -> None:
+    with h5py.File(path, "r+") as file:
+        file["var"].attrs["encoding-version"] = "99.0"
+
+
+DAMAGED: dict[str, tuple[str, Callable[[Path], None]]] = {
+    "a code too large, h5ad": ("CSR", code(99)),
+    "a code too large, zarr": ("zarr, CSR", code(99)),
+    "a code too small": ("CSR", code(-2)),
+    "half an index, zarr": ("zarr, CSR", half_an_index),
+    "a layout of later years": ("CSR", newer),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_file_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
+    kind, hurt = DAMAGED[name]
+    path = KINDS[kind](raw_cells(), tmp_path)
+    hurt(path)
+
+    def read() -> None:
+        with stored.opened(path, layer=None, columns=COLUMNS, scratch=tmp_path) as found:
+            found.ids(0, 9)
+            found.obs(0, 9)
+
+    with pytest.raises(Refusal) as caught:
+        read()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["CSR", "zarr, CSR"])
+def test_what_fails_beside_reading_is_not_said_of_the_file(kind: str, tmp_path: Path) -> None:
+    path = KINDS[kind](raw_cells(), tmp_path)
+    with (
+        pytest.raises(OSError, match="disk full"),
+        stored.opened(path, layer=None, scratch=tmp_path),
+    ):
+        raise OSError("disk full")

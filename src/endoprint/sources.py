@@ -5,7 +5,6 @@ Only the parts that are needed are read: one matrix, `obs` and `var`.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -309,15 +308,15 @@ def is_zarr(path: Path) -> bool:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Turn what HDF5, zarr and anndata say of a broken file into one line."""
+    """Turn what HDF5, zarr and anndata say of a broken file into one line.
+
+    Put only reading inside: damaged bytes raise every kind of error, so every kind is the file's.
+    """
     try:
         yield
-    except (
-        OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError, EOFError,
-        zlib.error,
-    ) as error:  # fmt: skip
-        if isinstance(error, Refusal):
-            raise
+    except Refusal:
+        raise
+    except Exception as error:  # noqa: BLE001  # listed kinds left some out, twice
         said = str(error).strip().split("\n")[0][:160] or type(error).__name__
         raise Refusal(
             f"cells come as {KINDS}",
@@ -328,12 +327,18 @@ def readable(path: Path) -> Iterator[None]:
 
 @contextmanager
 def hdf5(path: Path) -> Iterator[h5py.File]:
-    """Open an HDF5 file, or refuse in one line what is none."""
+    """Open an HDF5 file that is read at once, and refuse in one line what is none or broken."""
+    with readable(path), open_hdf5(path) as file:
+        yield file
+
+
+def open_hdf5(path: Path) -> h5py.File:
+    """Open an HDF5 file, or refuse in one line what is none; whoever reads it says `readable`."""
     if not path.exists():
         raise Refusal(f"cells come as {KINDS}", f"no file at {path}", "check the path")
     if path.is_dir():
         raise Refusal(
             f"cells come as {KINDS}", f"the folder {path.name}", "name the file, or set runs"
         )
-    with readable(path), h5py.File(path, "r") as file:
-        yield file
+    with readable(path):
+        return h5py.File(path, "r")

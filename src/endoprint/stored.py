@@ -40,7 +40,8 @@ class Stored:
 
     def ids(self, start: int, stop: int) -> Array:
         """Return the ids of a range of cells, text."""
-        return np.asarray([str(each) for each in self._ids(start, stop)], dtype=object)
+        with sources.readable(Path(self.name)):
+            return np.asarray([str(each) for each in self._ids(start, stop)], dtype=object)
 
     def all_ids(self) -> Iterator[Array]:
         """Yield all cell ids in order, some at a time."""
@@ -50,8 +51,11 @@ class Stored:
     def obs(self, start: int, stop: int) -> pd.DataFrame:
         """Return what is known about a range of cells: the columns asked for that there are."""
         index = pd.Index(self.ids(start, stop))
-        columns = self._columns(start, stop)
-        return pd.DataFrame({name: np.asarray(values) for name, values in columns.items()}, index)
+        with sources.readable(Path(self.name)):
+            columns = {
+                name: np.asarray(values) for name, values in self._columns(start, stop).items()
+            }
+            return pd.DataFrame(columns, index)
 
     def part(self, start: int, stop: int) -> AnnData:
         """Return a range of cells; `X` is the matrix asked for, as stored (CSR or dense)."""
@@ -84,14 +88,9 @@ def opened(
                 group = zarr.open_group(str(path), mode="r")
             found = _of_anndata(group, path, layer, columns, scratch, stack)
         else:
-            file = stack.enter_context(sources.hdf5(path))
-            if sources.is_10x(file):
-                found = _of_10x(file, path, layer)
-            elif isinstance(file.get("obs"), h5py.Dataset):  # written by anndata before 0.7
-                found = _of_memory(sources.read_source(path, layer=layer, runs={}, obs_table=""),
-                                   path, layer)  # fmt: skip
-            else:
-                found = _of_anndata(file, path, layer, columns, scratch, stack)
+            file = stack.enter_context(sources.open_hdf5(path))
+            with sources.readable(path):  # not what the caller does: its errors are its own
+                found = _of_hdf5(file, path, layer, columns, scratch, stack)
         beside = path.parent / obs_table
         yield _joined(found, beside, columns) if obs_table and beside.is_file() else found
 
@@ -102,6 +101,18 @@ def is_mtx(path: Path) -> bool:
 
 
 # -- kinds --------------------------------------------------------------------------------------
+def _of_hdf5(
+    file: h5py.File, path: Path, layer: str | None, columns: Sequence[str], scratch: Path,
+    stack: ExitStack,
+) -> Stored:  # fmt: skip
+    if sources.is_10x(file):
+        return _of_10x(file, path, layer)
+    if isinstance(file.get("obs"), h5py.Dataset):  # written by anndata before 0.7
+        whole = sources.read_source(path, layer=layer, runs={}, obs_table="")
+        return _of_memory(whole, path, layer)
+    return _of_anndata(file, path, layer, columns, scratch, stack)
+
+
 def _of_anndata(
     group: Any, path: Path, layer: str | None, columns: Sequence[str], scratch: Path,
     stack: ExitStack,
@@ -312,6 +323,12 @@ def _values(element: Any, start: int, stop: int) -> Array:
 
 
 def _named(categories: Array, codes: Array) -> Array:
+    if len(codes) and not -1 <= codes.min() <= codes.max() < len(categories):
+        raise Refusal(
+            "codes of a column name its categories",
+            f"{codes.min()} to {codes.max()} for {len(categories)}",
+            "check that the file was copied whole",
+        )
     names: Array = np.asarray([*categories, None], dtype=object)[codes]  # -1, missing, is the last
     return names
 

@@ -10,6 +10,7 @@ from filelock import FileLock, Timeout
 
 from endoprint.config import Refusal
 from endoprint.jobs.scoring import score
+from endoprint.passing import is_passing
 from endoprint.workspace import Workspace
 
 
@@ -66,14 +67,17 @@ def score_inbox(workspace: str, *, inbox: str, out: str, model: str = "") -> dic
 def _scored(workspace: str, path: Path, place: Path, model: str) -> Any:
     """Score one file; what refuses it is remembered, so that it does not hold up the others."""
     from endoprint.scoring import ScoreSummary, inputs
-    from endoprint.scoring.inbox import Entry
+    from endoprint.scoring.inbox import Entry, reason
 
-    signature = inputs.signature(path)
+    signature = ""
     own = place / path.name
     try:
+        signature = inputs.signature(path)
         written = score(workspace, file=str(path), out=str(own), model=model)
         summary = ScoreSummary.read(Path(written))
-    except Refusal as refusal:
-        state = "waiting" if "changed while" in refusal.got else "refused"
-        return Entry(path.name, signature, state, f"{refusal.rule}; {refusal.got}")
+    except Exception as error:
+        if is_passing(error):  # a store that is away is no fault of the file
+            raise
+        state = "waiting" if "changed while" in str(error) else "refused"
+        return Entry(path.name, signature, state, reason(error))
     return Entry(path.name, signature, "scored", md5=summary.inputs[0].md5, scores=path.name)

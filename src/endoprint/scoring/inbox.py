@@ -18,6 +18,7 @@ from endoprint.config import Refusal
 from endoprint.scoring import inputs
 
 LEDGER = "inbox.json"
+MOST_LETTERS = 300  # of an error that is no refusal
 SETTLE_SECONDS = 5.0  # between two looks at a file's size and time of change
 
 
@@ -68,7 +69,7 @@ def ready(
     """Return the files to be scored, in order of their names, and those to wait for.
 
     That is: new, changed since, or not scored for a reason before; unchanged over SETTLE_SECONDS;
-    and it opens.
+    and it opens. What keeps one from opening never holds up the others.
     """
     if not folder.is_dir():
         raise Refusal("an inbox is a folder", f"none at {folder}", "make it, or name another")
@@ -96,9 +97,16 @@ def ready(
             with inputs.opened(path, cells, scratch) as reading:
                 reading.found.ids(0, 1)
             whole.append(path)
-        except Refusal as refusal:
-            waiting.append(Entry(path.name, now, "waiting", f"{refusal.rule}; {refusal.got}"))
+        except Exception as error:  # noqa: BLE001  # whatever it is, the other files go on
+            waiting.append(Entry(path.name, now, "waiting", reason(error)))
     return whole, waiting
+
+
+def reason(error: Exception) -> str:
+    """Return in one line why a file was not scored."""
+    if isinstance(error, Refusal):
+        return " ".join(f"{error.rule}; {error.got}".split())
+    return " ".join(f"{type(error).__name__}: {error}".split())[:MOST_LETTERS]
 
 
 def _signature(path: Path) -> str:
