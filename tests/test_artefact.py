@@ -92,6 +92,15 @@ def linked(place: Path, name: str, target: Path) -> None:
     (place / name).symlink_to(target)
 
 
+def unfolding(n_levels: int, key: str = "") -> str:
+    """A description of ten times as many words with every line."""
+    lines = [f"k0: &a0 [{'{x: y}, ' * 10}]"]
+    for level in range(1, n_levels):
+        lines.append(f"k{level}: &a{level} [{f'*a{level - 1}, ' * 10}]")
+    lines.append(f"flavors: {{python_function: {{{key or 'code: '}*a{n_levels - 1}}}}}\n")
+    return "\n".join(lines)
+
+
 # name -> what is done to the artefact in the store; `c` is the canary's path
 TAMPERINGS: dict[str, Callable[[Path, Path], object]] = {
     "weights swapped for a pickle": lambda p, c: put(p / WEIGHTS, a_pickle(c)),
@@ -134,6 +143,24 @@ TAMPERINGS: dict[str, Callable[[Path, Path], object]] = {
     "a description that is no map": lambda p, c: put(p / "MLmodel", "- flavors\n"),
     "a description cut short": lambda p, c: put(p / "MLmodel", (p / "MLmodel").read_text()[:40]),
     "no description": lambda p, c: (p / "MLmodel").unlink(),
+    "a description whose flavour is a word": lambda p, c: put(
+        p / "MLmodel", "flavors: {python_function: x}\n"
+    ),
+    "a description of mixed keys": lambda p, c: put(
+        p / "MLmodel", "flavors: {python_function: {}, 1: 2}\n"
+    ),
+    "a description of an impossible date": lambda p, c: put(
+        p / "MLmodel", "flavors: 2001-99-99\n"
+    ),
+    "a description of an impossible number": lambda p, c: put(
+        p / "MLmodel", f"flavors: 1{':1' * 900}.0\n"
+    ),
+    "a description nested without end": lambda p, c: put(p / "MLmodel", "flavors: " + "[" * 3000),
+    "a description that unfolds": lambda p, c: put(p / "MLmodel", unfolding(9)),
+    "a description that merges": lambda p, c: put(p / "MLmodel", unfolding(9, "<<: ")),
+    "a description that goes on": lambda p, c: put(
+        p / "MLmodel", f"flavors: {{python_function: {{code: {'x' * 90_000}}}}}\n"
+    ),
     "an absolute data path": lambda p, c: described(p, "data: data/model", "data: /etc"),
     "a data path that climbs": lambda p, c: described(p, "data: data/model", "data: ../../model"),
     "one weight changed": lambda p, c: put(p / WEIGHTS, (p / WEIGHTS).read_bytes()[:-1] + b"\1"),
@@ -211,6 +238,7 @@ def refused(name: str, place: Path, canary: Path, open_it: Callable[[Path], obje
     with pytest.raises(Refusal) as refusal:
         open_it(place)
     assert "\n" not in str(refusal.value)
+    assert len(str(refusal.value)) < 1000
     assert not canary.exists()
 
 

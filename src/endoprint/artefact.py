@@ -30,7 +30,12 @@ MOST_FILES = 32
 BESIDE = (  # what MLflow writes around it
     DESCRIPTION, "conda.yaml", "python_env.yaml", "requirements.txt", "registered_model_meta",
 )  # fmt: skip
-LARGEST_DESCRIPTION = MEGABYTE  # a description of megabytes describes something else
+LARGEST_DESCRIPTION = 100_000  # bytes; MLflow writes less than a thousand
+MOST_QUOTED = 100  # letters of what an artefact says, in a refusal
+UNREADABLE = (  # what YAML and a walk through it raise: dates and numbers may be impossible
+    OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError,
+    yaml.YAMLError,
+)  # fmt: skip
 
 
 def digest(folder: Path) -> str:
@@ -115,17 +120,33 @@ def _check_content(path: Path) -> None:
 
 def _check_description(path: Path) -> None:
     try:
-        described = yaml.safe_load(path.read_text())
-        flavours: dict[str, Any] = described["flavors"]
-        pyfunc: dict[str, Any] = flavours["python_function"]
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
+        wrong = _misdescribed(path)
+    except UNREADABLE as error:
         raise Refusal(
-            "a model's artefact is described by MLmodel", "none that can be read", "train it again"
+            "a model's artefact is described by MLmodel",
+            f"none that can be read ({type(error).__name__})",
+            "train it again",
         ) from None
-    wrong = [
-        f"{what} {got!r}"
+    if wrong:
+        raise Refusal(
+            f"a model is loaded by {LOADER} and carries no code",
+            "; ".join(wrong),
+            "train it again with this package",
+        )
+
+
+def _misdescribed(path: Path) -> list[str]:
+    """Return what a description says otherwise than this package's own."""
+    with path.open("rb") as file:
+        text = file.read(LARGEST_DESCRIPTION).decode()
+    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+        return ["aliases"]  # a few lines of them unfold into gigabytes
+    flavours: dict[str, Any] = yaml.safe_load(text)["flavors"]
+    pyfunc: dict[str, Any] = flavours["python_function"]
+    return [
+        f"{what} {got!r}"[:MOST_QUOTED]
         for what, got, wanted in (
-            ("flavours", sorted(flavours), ["python_function"]),
+            ("flavours", list(flavours), ["python_function"]),
             ("loader_module", pyfunc.get("loader_module"), LOADER),
             ("code", pyfunc.get("code"), None),
             ("data", pyfunc.get("data"), MODEL),
@@ -134,12 +155,6 @@ def _check_description(path: Path) -> None:
         )
         if got != wanted
     ]
-    if wrong:
-        raise Refusal(
-            f"a model is loaded by {LOADER} and carries no code",
-            "; ".join(wrong),
-            "train it again with this package",
-        )
 
 
 def _sha256(path: Path) -> str:
