@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,6 +13,7 @@ from scipy import sparse
 from scipy.special import log_softmax
 
 from conftest import planted_cells
+from endoprint.config import Refusal
 from endoprint.metrics import recall_by_exposure
 from endoprint.model import ExposureModel, Pruned
 from endoprint.models.boosting import TOLD_EVERY, Boosting, BoostingConfig
@@ -115,6 +121,70 @@ def test_numbers_fitted_are_leaves_and_splits(fitted):
     n_of_latent = sum(array.size for array in fitted._state().arrays.values())
     wanted = sum(tree["num_leaves"] + 2 * (tree["num_leaves"] - 1) for tree in trees)
     assert fitted.n_parameters() - n_of_latent == wanted > 0
+
+
+def retold(change: Callable[[str], str], fitted: Boosting, folder: Path) -> Path:
+    """Save a model whose text was meddled with."""
+    fitted.save(folder)
+    head = json.loads((folder / "model.json").read_text())
+    before = head["state"]["trees"]
+    head["state"]["trees"] = change(before)
+    assert head["state"]["trees"] != before
+    (folder / "model.json").write_text(json.dumps(head))
+    return folder
+
+
+def same_length(name: str, digit: str) -> Callable[[str], str]:
+    """Let every number of some lines be of this digit, the sizes of trees staying right."""
+    line = re.compile(rf"(\n{name}=)([-0-9 ]+)")
+    return lambda text: line.sub(lambda it: it[1] + re.sub(r"[0-9]", digit, it[2]), text)
+
+
+# LightGBM aborts, reads beyond its memory, or never comes back on most of these
+MEDDLED: dict[str, Callable[[str], str]] = {
+    "nothing": lambda text: "",
+    "half a text": lambda text: text[: len(text) // 2],
+    "another text": lambda text: "tree\nversion=v4\n" + "x" * 500,
+    "genes there are not": same_length("split_feature", "9"),
+    "longer genes": lambda text: re.sub(r"split_feature=\d+", "split_feature=99999999", text),
+    "nodes there are not": same_length("left_child", "9"),
+    "a walk in a circle": same_length("(?:left|right)_child", "0"),
+    "no left child": lambda text: text.replace("left_child=", "left_chil_="),
+    "a category": same_length("decision_type", "1"),
+    "more leaves": same_length("num_leaves", "9"),
+    "a tree less": lambda text: re.sub(r"Tree=2\n.*?\n\n\n", "", text, flags=re.DOTALL),
+    "another size": lambda text: re.sub(r"tree_sizes=\d+", "tree_sizes=1", text),
+    "another exposure": same_length("num_class", "7"),
+    "another gene": same_length("max_feature_idx", "9"),
+    "words": lambda text: text.replace("leaf_value=-", "leaf_value=x", 1),
+}
+
+
+@pytest.mark.parametrize("name", MEDDLED)
+def test_a_text_whose_numbers_do_not_agree_is_refused_before_lightgbm_reads_it(
+    name: str, fitted: Boosting, tmp_path: Path
+) -> None:
+    folder = retold(MEDDLED[name], fitted, tmp_path)
+    with pytest.raises(Refusal, match="boosted trees are whole"):
+        Boosting.load(folder)
+
+
+def test_what_stands_after_the_trees_is_not_read(
+    fitted: Boosting, parts: tuple[AnnData, ...], tmp_path: Path
+) -> None:
+    """A line of parameters without its colon would be a crash."""
+    folder = retold(lambda text: text.replace("[seed: 0]", "[seed 0]"), fitted, tmp_path)
+    evidence = Boosting.load(folder).evidence(parts[2])
+    np.testing.assert_array_equal(evidence, fitted.evidence(parts[2]))
+
+
+def test_a_tree_of_one_leaf_is_whole(parts: tuple[AnnData, ...], tmp_path: Path) -> None:
+    model = Boosting(BoostingConfig(rounds=2, fewest_cells=190)).fit(*parts[:2])
+    assert "num_leaves=1" in model._text
+    model.save(tmp_path)
+    np.testing.assert_array_equal(
+        Boosting.load(tmp_path).evidence(parts[2]), model.evidence(parts[2])
+    )
 
 
 # -- how it is fitted ---------------------------------------------------------------------------

@@ -9,6 +9,7 @@ n cells, G variable genes, E exposures, D latent width.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +21,7 @@ from anndata import AnnData
 from lightgbm.callback import CallbackEnv
 from optuna.distributions import FloatDistribution, IntDistribution
 
-from endoprint.config import Config
+from endoprint.config import Config, Refusal
 from endoprint.draws import evenly_drawn
 from endoprint.latent import Latent
 from endoprint.metrics import balanced_weight
@@ -30,6 +31,24 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 BLOCK = 4096  # cells answered at once; bounds memory
 TOLD_EVERY = 10  # rounds between two words to the watcher
+
+# what LightGBM's text says: once, per tree, and there of every node and of every leaf
+HEAD = [
+    "version", "num_class", "num_tree_per_iteration", "label_index", "max_feature_idx",
+    "objective", "feature_names", "feature_infos", "tree_sizes",
+]  # fmt: skip
+TREE = [
+    "Tree", "num_leaves", "num_cat", "split_feature", "split_gain", "threshold", "decision_type",
+    "left_child", "right_child", "leaf_value", "leaf_weight", "leaf_count", "internal_value",
+    "internal_weight", "internal_count", "is_linear", "shrinkage",
+]  # fmt: skip
+NODES = (*TREE[3:9], *TREE[12:15])
+LEAVES = TREE[9:12]
+WHOLE_NUMBERS = ("split_feature", "decision_type", "left_child", "right_child")
+THRESHOLDS = range(0, 16, 2)  # kinds of split that compare numbers: an odd one looks up a category
+END = "end of trees\n"
+WHOLE = re.compile(r"-?[0-9]{1,9}")
+NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?(e[-+][0-9]+)?")
 
 
 class BoostingConfig(Config):
@@ -127,7 +146,8 @@ class Boosting(ExposureModel):
     def _take(self, text: str) -> None:
         """Answer from the text from now on: what is saved is what was judged."""
         self._text = text
-        self._trees = lightgbm.Booster(model_str=text)
+        # what follows the trees tells how they were fitted; one colon amiss there is a crash
+        self._trees = lightgbm.Booster(model_str=text.partition(END)[0] + END)
 
     def evidence(self, cells: AnnData) -> Array:
         values = self._latent.expression.of(cells)
@@ -158,7 +178,16 @@ class Boosting(ExposureModel):
 
     def _restore(self, state: State) -> None:
         self._latent = Latent.of(list(state.values["latent_genes"]), state.arrays)
-        self._take(state.values["trees"])
+        text = state.values["trees"]
+        try:
+            _check_text(text, n_genes=len(self._latent.genes), n_exposures=len(self.exposures))
+            self._take(text)
+        except (LookupError, ValueError, lightgbm.basic.LightGBMError) as error:
+            raise Refusal(
+                "boosted trees are whole, and ask only for genes there are",
+                f"{error}"[:200],
+                "train it again",
+            ) from None
 
 
 def _reporter(watch: Watch) -> Callable[[CallbackEnv], None]:
@@ -170,3 +199,71 @@ def _reporter(watch: Watch) -> Callable[[CallbackEnv], None]:
             watch(stage.iteration, {"validation_log_loss": heard[0][2]} if heard else {})
 
     return tell
+
+
+# -- the text, before LightGBM reads it ----------------------------------------------------------
+def _check_text(text: str, *, n_genes: int, n_exposures: int) -> None:
+    """Raise ValueError unless every size, count and index of a saved text agrees with the others.
+
+    LightGBM takes them as they are: a wrong one kills the process, or lets it walk in a circle.
+    """
+    head, _, body = text.partition("\n\n")
+    said = _fields(head.removeprefix("tree\n"), HEAD)
+    wanted = {
+        "num_class": f"{n_exposures}",
+        "num_tree_per_iteration": f"{n_exposures}",
+        "max_feature_idx": f"{n_genes - 1}",
+        "objective": f"multiclass num_class:{n_exposures}",
+    }
+    for name, value in wanted.items():
+        if said[name] != value:
+            raise ValueError(f"{name} {said[name][:30]} instead of {value}")
+    if {len(said[name].split(" ")) for name in ("feature_names", "feature_infos")} != {n_genes}:
+        raise ValueError(f"names for other than {n_genes} genes")
+    sizes, place = _numbers(said["tree_sizes"], WHOLE), 0
+    if len(sizes) % n_exposures:
+        raise ValueError(f"{len(sizes)} trees for {n_exposures} exposures")
+    for number, size in enumerate(map(int, sizes)):
+        _check_tree(body[place : place + size], number, n_genes)
+        place += size
+    if not (text.isascii() and body.startswith(END, place)):
+        raise ValueError("trees of other sizes than it says")
+
+
+def _check_tree(text: str, number: int, n_genes: int) -> None:
+    """Raise ValueError unless every node and leaf has one parent and asks for a gene there is."""
+    if not text.endswith("\n\n\n"):
+        raise ValueError(f"tree {number} cut short")
+    said = _fields(text.removesuffix("\n\n\n"), TREE)
+    n_leaves = int(said["num_leaves"])
+    whole = {name: [int(each) for each in _numbers(said[name], WHOLE)] for name in WHOLE_NUMBERS}
+    lengths = {name: len(_numbers(said[name], NUMBER)) for name in (*NODES, *LEAVES)}
+    is_sound = (
+        (said["Tree"], said["num_cat"], said["is_linear"]) == (f"{number}", "0", "0")
+        and all(lengths[name] == n_leaves - 1 for name in NODES)
+        and lengths["leaf_value"] == n_leaves  # one leaf alone has no weight
+        and all(lengths[name] in (n_leaves, n_leaves - (n_leaves == 1)) for name in LEAVES)
+        and all(0 <= gene < n_genes for gene in whole["split_feature"])
+        and all(kind in THRESHOLDS for kind in whole["decision_type"])
+        and NUMBER.fullmatch(said["shrinkage"])
+    )
+    # leaves are -1, -2, ...; the root, 0, is nobody's child: so no walk comes back to where it was
+    children = sorted(whole["left_child"] + whole["right_child"])
+    everyone = [*range(-n_leaves, 0), *range(1, n_leaves - 1)] if n_leaves > 1 else []
+    if not is_sound or children != everyone:
+        raise ValueError(f"tree {number}, whose nodes do not fit together")
+
+
+def _fields(text: str, names: list[str]) -> dict[str, str]:
+    """Return the lines `name=value` of a text, which must be these, in this order."""
+    lines = [line.partition("=") for line in text.split("\n")]
+    if [name for name, _, _ in lines] != names:
+        raise ValueError(f"other lines than {names[0]}, {names[1]}, ...")
+    return {name: value for name, _, value in lines}
+
+
+def _numbers(text: str, kind: re.Pattern[str]) -> list[str]:
+    words = text.split(" ") if text else []
+    if not all(map(kind.fullmatch, words)):
+        raise ValueError(f"{text[:30]!r} among numbers")
+    return words
