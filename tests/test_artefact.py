@@ -67,10 +67,17 @@ def drop(place: Path) -> None:
     save_file(arrays, place / WEIGHTS)
 
 
-def fill(place: Path) -> None:
+def fill(place: Path, only: str = "") -> None:
     arrays = load_file(place / WEIGHTS)
-    save_file({name: np.full_like(array, np.nan) for name, array in arrays.items()},
-              place / WEIGHTS)  # fmt: skip
+    for name, array in arrays.items():
+        arrays[name] = np.full_like(array, np.nan) if only in name else array
+    save_file(arrays, place / WEIGHTS)
+
+
+def narrow(place: Path) -> None:
+    arrays = load_file(place / WEIGHTS)
+    arrays["novelty.reference"] = arrays["novelty.reference"][:, 1:].copy()
+    save_file(arrays, place / WEIGHTS)
 
 
 def grow(path: Path, n_bytes: int) -> None:
@@ -174,6 +181,14 @@ TAMPERINGS: dict[str, Callable[[Path, Path], object]] = {
     "values that name a path": lambda p, c: change(p, model="../../canary"),
     "values with a field more": lambda p, c: change(p, config={"penalty": 1, "__reduce__": "x"}),
     "values without exposures": lambda p, c: change(p, exposures=[]),
+    "values without genes": lambda p, c: change(p, genes=[]),
+    "values of an exposure less": lambda p, c: change(p, exposures=["DMSO"]),
+    "values that say nothing of their past": lambda p, c: change(p, provenance={}),
+    "a temperature of a word": lambda p, c: change(p, population_temperature="warm"),
+    "a temperature below nought": lambda p, c: change(p, population_temperature=-1.0),
+    "a threshold of a word": lambda p, c: change(p, abstention_threshold="high"),
+    "novelty that is no number": lambda p, c: fill(p, "novelty"),
+    "novelty of another width": lambda p, c: narrow(p),
     "values cut short": lambda p, c: put(p / MODEL, (p / MODEL).read_text()[:100]),
     "values nested without end": lambda p, c: put(p / MODEL, "[" * 200_000),
     "a file more": lambda p, c: put(p / "data/model/more.json", "{}"),
@@ -270,6 +285,18 @@ def test_a_forged_digest_lets_no_broken_or_foreign_artefact_through(
     """Whoever can edit the version's tag as well still brings nothing that runs."""
     copy = shutil.copytree(sound[0], tmp_path / "artefact")
     refused(name, copy, canary, opened_as_if_registered)
+
+
+@pytest.mark.parametrize("error", [ConnectionError("line"), OSError("disk")])
+def test_a_disk_that_is_away_is_no_fault_of_a_model(
+    sound: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    def load(folder: Path) -> ExposureModel:
+        raise error
+
+    monkeypatch.setattr(smoke, "load", load)
+    with pytest.raises(type(error)):
+        smoke.opened(sound[0] / artefact.MODEL, "version 1")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from scipy import sparse
 
 from conftest import planted_cells
 from endoprint import model as contract
+from endoprint import smoke
 from endoprint.config import Refusal
 from endoprint.metrics import call, f1_by_exposure
 from endoprint.table import TABLE
@@ -282,6 +283,10 @@ def test_save_then_load_is_the_identity(fitted, saved, unseen):
     assert again.config == fitted.config
     assert again.provenance == fitted.provenance
     assert again.n_parameters() == fitted.n_parameters() > 0
+
+
+def test_a_saved_model_answers_for_cells_made_up_to_try_it(saved, fitted):
+    assert smoke.opened(saved, "this one").name == fitted.name
 
 
 def test_a_model_loaded_and_saved_again_is_the_same_bytes(saved, tmp_path):
