@@ -162,7 +162,9 @@ TAMPERINGS: dict[str, Callable[[Path, Path], object]] = {
     "a description of an impossible number": lambda p, c: put(
         p / "MLmodel", f"flavors: 1{':1' * 900}.0\n"
     ),
-    "a description nested without end": lambda p, c: put(p / "MLmodel", "flavors: " + "[" * 3000),
+    "a description nested without end": lambda p, c: put(
+        p / "MLmodel", "flavors: " + "[" * 90_000
+    ),
     "a description that unfolds": lambda p, c: put(p / "MLmodel", unfolding(9)),
     "a description that merges": lambda p, c: put(p / "MLmodel", unfolding(9, "<<: ")),
     "a description that goes on": lambda p, c: put(

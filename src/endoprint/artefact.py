@@ -31,6 +31,7 @@ BESIDE = (  # what MLflow writes around it
     DESCRIPTION, "conda.yaml", "python_env.yaml", "requirements.txt", "registered_model_meta",
 )  # fmt: skip
 LARGEST_DESCRIPTION = 100_000  # bytes; MLflow writes less than a thousand
+DEEPEST = 20  # of lists and maps in each other; MLflow's go three deep
 MOST_QUOTED = 100  # letters of what an artefact says, in a refusal
 UNREADABLE = (  # what YAML and a walk through it raise: dates and numbers may be impossible
     OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError,
@@ -139,8 +140,12 @@ def _misdescribed(path: Path) -> list[str]:
     """Return what a description says otherwise than this package's own."""
     with path.open("rb") as file:
         text = file.read(LARGEST_DESCRIPTION).decode()
-    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-        return ["aliases"]  # a few lines of them unfold into gigabytes
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent) or depth > DEEPEST:
+            return ["aliases or nesting"]  # a few lines of either take gigabytes or minutes
     flavours: dict[str, Any] = yaml.safe_load(text)["flavors"]
     pyfunc: dict[str, Any] = flavours["python_function"]
     return [
