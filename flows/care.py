@@ -9,15 +9,18 @@ from prefect.artifacts import TableArtifact
 from prefect.client.schemas.objects import FlowRun, State, TaskRun
 from prefect.tasks import exponential_backoff
 
-from endoprint.config import Refusal
+from endoprint.config import Away, Refusal
 
-REMOTE = ("mlflow", "sqlalchemy", "botocore", "requests", "urllib3")  # whose errors may pass
+# whose errors may pass
+REMOTE = ("mlflow", "optuna", "sqlalchemy", "botocore", "requests", "urllib3")
 LASTING = (FileNotFoundError, PermissionError, FileExistsError, NotADirectoryError, TimeoutError)
 HOUR_SECONDS = 3600.0
 
 
 def is_passing(error: object) -> bool:
     """Whether a second try may end otherwise: a refused rule stays broken, a lost line may not."""
+    if isinstance(error, Away):
+        return True
     if isinstance(error, (Refusal, *LASTING)):
         return False
     status = getattr(error, "get_http_status_code", None)  # a server that said no will again
