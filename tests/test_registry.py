@@ -533,6 +533,25 @@ def test_a_decision_is_made_anew_for_other_counts_of_the_same_units(lab: Workspa
     assert promote(lab).was_opened
 
 
+@pytest.mark.parametrize("column", ["exposure", "unit"])
+def test_a_decision_is_made_anew_for_corrected_labels_of_the_same_counts(
+    lab: Workspace, column: str
+) -> None:
+    register(lab, good_run(lab))
+    lab.policy.write_text(POLICY + NEVER)
+    first = promote(lab)
+    cells = curated.load(lab.cells)
+    is_test = cells.obs["unit"].isin(Split.read(lab.split).test).to_numpy()
+    told = cells.obs[column].to_numpy(dtype=object).copy()
+    told[is_test] = np.roll(told[is_test], 1)
+    cells.obs[column] = told
+    curated.write(cells, lab.cells)
+    again = promote(lab)
+    assert again.was_opened
+    assert again.figures != first.figures
+    assert not promote(lab).was_opened
+
+
 def test_whole_lines_held_out_are_counted_as_lines_not_as_their_units(lab: Workspace) -> None:
     from endoprint.design import DesignConfig, make_split
 

@@ -31,6 +31,7 @@ from endoprint.smoke import opened
 from endoprint.workspace import Workspace
 
 TIMINGS = 3  # the median of them is what a model costs
+TRUTH = ["exposure", "unit", "independent"]  # columns of the test cells that a verdict rests on
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,8 @@ def _decided(
             "design": [design.split_hash, design.is_confounded, design.is_replicated],
             # other counts of the same units are another question
             "cells": fingerprint(held_out),
+            # and so are corrected labels of the same counts
+            "truth": hash_of(held_out.obs[TRUTH].astype(str).to_dict("list")),
         }
     )
     earlier = [
