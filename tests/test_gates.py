@@ -158,6 +158,11 @@ def test_few_units_go_by_the_mean_where_the_policy_allows_and_the_verdict_says_s
     assert worse.decision == "reject"
 
 
+def test_a_doubt_about_the_record_of_openings_holds() -> None:
+    found = decide(evidence(), None, {}, policy(), design(doubts=("line 3 was changed",)))
+    assert (found.decision, found.reasons) == ("hold", ["line 3 was changed"])
+
+
 def test_a_budget_of_openings_makes_every_opening_stricter() -> None:
     """Eight unanimous units reach p = 2^-8: enough for .05 / 10, not for .05 / 20."""
     assert decide(evidence(), CHAMPION, {}, policy(budget=10), design()).decision == "promote"

@@ -571,10 +571,72 @@ def test_whole_lines_held_out_are_counted_as_lines_not_as_their_units(lab: Works
     assert set(promote(lab).figures["version 1 (logistic)"]["by_unit"]) == set(split.test)
 
 
-def test_a_lost_history_is_said_with_every_verdict(lab: Workspace) -> None:
+def test_a_lost_history_holds_every_verdict_and_opens_nothing(lab: Workspace) -> None:
     register(lab, good_run(lab))
     history.path(lab).unlink()
-    assert "the count of openings is in doubt" in promote(lab).verdict.reasons[-1]
+    held = promote(lab)
+    assert (held.verdict.decision, held.was_opened) == ("hold", False)
+    assert "the count of openings is in doubt" in held.verdict.reasons[0]
+    assert champion(lab) is None
+
+
+def test_no_verdict_is_taken_from_a_history_edited_by_hand(lab: Workspace) -> None:
+    register(lab, good_run(lab))
+    lab.policy.write_text(POLICY + NEVER)
+    assert promote(lab).verdict.decision == "reject"
+    path = history.path(lab)
+    path.write_text(path.read_text().replace('"decision": "reject"', '"decision": "promote"'))
+    held = promote(lab)
+    assert (held.verdict.decision, held.was_opened) == ("hold", False)
+    assert champion(lab) is None
+
+
+def test_a_history_cut_off_is_not_written_on_until_it_is_restored(lab: Workspace) -> None:
+    two_versions(lab)
+    path, split_hash = history.path(lab), Split.read(lab.split).hash
+    whole = path.read_text()
+    path.write_text("".join(whole.splitlines(keepends=True)[:3]))
+    other = fit_and_track(lab, model=Logistic(LogisticConfig(penalty=20.0, latent_width=4)))
+    for write in (
+        lambda: register(lab, other),
+        lambda: rollback(lab, "1"),
+        lambda: retire(lab, why="anything"),
+    ):
+        with pytest.raises(Refusal, match="restore it from a copy"):
+            write()
+    assert "missing" in registry.verify(lab)[0]
+    assert registry.aliases(lab) == {"champion": "2", "previous": "1", "candidate": "2"}
+    path.write_text(whole)
+    assert register(lab, other).version == "3"
+    assert registry.verify(lab) == []
+    assert promotion.openings(lab, split_hash) == 2
+
+
+def test_where_no_copy_is_left_whoever_deletes_the_registrys_memory_goes_on(
+    lab: Workspace,
+) -> None:
+    version = register(lab, good_run(lab))
+    history.path(lab).unlink()
+    tracking.client(lab).delete_registered_model_tag(version.name, registry.HEAD)
+    register(lab, weak_run(lab))
+    assert registry.verify(lab) == []
+
+
+def test_a_crash_before_the_registry_remembers_does_not_stop_the_next_write(
+    lab: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two_versions(lab)
+
+    def dies(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mlflow.MlflowClient, "set_registered_model_tag", dies)
+    with pytest.raises(KeyboardInterrupt):
+        rollback(lab)
+    monkeypatch.undo()
+    assert registry.verify(lab) == []
+    assert rollback(lab).version == "1"
+    assert registry.verify(lab) == []
 
 
 def test_a_store_that_does_not_answer_is_one_line(

@@ -141,7 +141,7 @@ def admit(
             + ("; the budget is spent: add new test units" if spent else ""),
             "hold",
         ),
-        *(Check("openings on record", True, doubt, is_caveat=True) for doubt in design.doubts),
+        *(Check("openings on record", False, doubt, "hold") for doubt in design.doubts),
         *(
             _at_hand(candidate, name, baselines.get(name), design)
             for name in policy.baselines

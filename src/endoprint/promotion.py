@@ -154,7 +154,7 @@ def _decided(
         for line in history.read(workspace)
         if line["what"] == "verdict" and line.get("key") == key
     ]
-    if earlier:
+    if earlier and not design.doubts:  # a history in doubt vouches for no verdict
         verdict = Verdict.from_json(earlier[-1]["verdict"])
         return Promotion(verdict, version, None, False, earlier[-1]["figures"], key)
     n_openings = openings(workspace, design.split_hash, design.held_out, but=key)
