@@ -292,6 +292,15 @@ def test_where_the_policy_asks_for_a_person_a_promotion_waits_and_nothing_else_d
     assert approved(passed, policy(), None) == passed
 
 
+def test_what_people_took_down_waits_for_a_person_whatever_the_policy() -> None:
+    passed = decide(evidence(), CHAMPION, {}, policy(), design())
+    held = approved(passed, policy(), None, taken_down="it was rolled back")
+    assert held.decision == "hold"
+    assert held.reasons[0].startswith("it was rolled back; every gate is passed")
+    said = Approval("ann", True, "figures read")
+    assert approved(passed, policy(), said, taken_down="it was").decision == "promote"
+
+
 # -- what the design allows ---------------------------------------------------------------------
 def test_an_unreplicated_design_is_held_whatever_the_figures_say() -> None:
     loose = policy(allow_few_units=True, confounded="allow")

@@ -17,7 +17,7 @@ from typing import Any
 from anndata import AnnData
 
 from endoprint import gates, history, metrics, registry, runs, tracking
-from endoprint.approvals import approval, verdict_of
+from endoprint.approvals import approval, taken_down, verdict_of
 from endoprint.config import Refusal
 from endoprint.curated import fingerprint, load
 from endoprint.design import Split
@@ -104,7 +104,7 @@ def promote(
         design = _design(workspace, held_out, split, audit)
         held_out.obs["independent"] = _independent(held_out, split)
         promotion = _decided(workspace, version_of, candidate, champion, policy, design, held_out)
-        verdict = approved(promotion.verdict, policy, approval(workspace, promotion.key))
+        verdict = _agreed(workspace, promotion, policy)
         promotion = replace(promotion, verdict=verdict, champion=live)
         _record(workspace, promotion, policy)
         if verdict.decision == "promote":
@@ -191,6 +191,18 @@ def _decided(
     said = {"champion": live.version if live else None, "verdict": verdict.to_json()}
     registry.tell(workspace, "verdict", {**told, **said, "figures": figures})
     return Promotion(verdict, version, None, True, figures, key)
+
+
+def _agreed(workspace: Workspace, promotion: Promotion, policy: Policy) -> Verdict:
+    """Return the verdict with the word of people: theirs now, and theirs who took it down."""
+    down, version = taken_down(workspace, promotion.version), promotion.version
+    how = ""
+    if down is not None:
+        how = "rolled back" if down["to"] else "retired"
+        how = f"{version.label} was {how} on {down['at'][:10]} by {down['who']}"
+        how += f" (`endoprint rollback {down['from']}` makes it live without a verdict)"
+    word = approval(workspace, promotion.key, since=down)
+    return approved(promotion.verdict, policy, word, taken_down=how)
 
 
 def _plain(figures: Mapping[str, float]) -> dict[str, float | None]:

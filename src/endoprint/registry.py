@@ -29,6 +29,7 @@ from endoprint.workspace import Workspace
 HEAD = "history_head"  # tag of the registered model: the hash of the newest line of its history
 LONGEST_DESCRIPTION = 5000  # letters; the column is no wider (MLflow's SQL store)
 CHAMPION, CANDIDATE, PREVIOUS = "champion", "candidate", "previous"
+ROLLBACK = "rollback"  # why an alias moved; of a promotion it is the verdict's first reason
 ABOUT = "**@champion** is live, **@candidate** the newest; aliases: `endoprint registry` only"
 ADDRESS = re.compile(r"models:/(?P<name>[\w.-]+)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+))")
 
@@ -387,7 +388,7 @@ def rollback(workspace: Workspace, version: str = "") -> Version:
                 f"{target.label}, {'live already' if target.version in were else 'never live'}",
                 f"one of: {', '.join(sorted(filter(None, were), key=int)) or 'none'}",
             )
-        flip(workspace, target, expected=now, why="rollback")
+        flip(workspace, target, expected=now, why=ROLLBACK)
     return target
 
 
