@@ -33,7 +33,7 @@ from endoprint.registry import (
 from endoprint.workspace import Workspace
 from lab import POLICY, bare_workspace, fit_and_track, furnish, misled, moved_copy
 
-NEVER = "at_most: {peak_memory_gib: 0.001}\n"  # a rule that no model keeps
+NEVER = "at_most: {score_seconds_per_1000_cells: 0.00001}\n"  # a rule that no model keeps
 
 
 @pytest.fixture(scope="session")
@@ -298,6 +298,45 @@ def test_a_baseline_is_taken_from_its_newest_training_run(lab: Workspace) -> Non
     assert found.verdict.decision == "reject"
     assert "version 1 (costly) against logistic (baseline)" in found.verdict.reasons[0]
     assert set(found.figures) == {"version 1 (costly)", "logistic (baseline)"}
+
+
+def test_a_candidate_is_weighed_alone_and_not_with_the_champion_it_would_replace(
+    lab: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab.policy.write_text(POLICY + "at_most: {peak_memory_gib: 64}\n")
+    first, _ = two_versions(lab)
+    alone = first.figures["version 1 (logistic)"]["metrics"]["peak_memory_gib"]
+    rollback(lab)
+    other = Logistic(LogisticConfig(penalty=0.2, latent_width=4))
+    register(lab, fit_and_track(lab, model=other))
+    ceiling = f"at_most: {{peak_memory_gib: {alone + 0.4}}}\ncost_tolerance: 0\n"
+    lab.policy.write_text(POLICY + ceiling)
+    whole = promotion._loaded
+
+    def heavy(space: Workspace, version: registry.Version) -> Logistic:
+        model = whole(space, version)
+        model.ballast = np.ones(2**27)  # a GiB
+        return model
+
+    monkeypatch.setattr(promotion, "_loaded", heavy)
+    found = promote(lab)
+    assert found.verdict.decision == "promote"
+    weighed = found.figures["version 3 (logistic)"]["metrics"]["peak_memory_gib"]
+    assert weighed == pytest.approx(alone, rel=0.25)
+    assert "peak_memory_gib" not in found.figures["version 1 (logistic)"]["metrics"]
+    assert not list((lab.local / "models").glob(".footprint*"))
+
+
+def test_a_candidate_that_cannot_be_weighed_is_one_line_and_may_be_asked_again(
+    lab: Workspace,
+) -> None:
+    lab.policy.write_text(POLICY + "at_most: {peak_memory_gib: 64}\n")
+    register(lab, fit_and_track(lab, model=Costly()))
+    for _ in range(2):  # a fresh process does not know the stub
+        with pytest.raises(Refusal, match="in a process of its own; got exit status 1") as refused:
+            promote(lab)
+        assert "\n" not in str(refused.value)
+    assert promotion.openings(lab, Split.read(lab.split).hash) == 1
 
 
 class Costly(Logistic):

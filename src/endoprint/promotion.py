@@ -22,6 +22,7 @@ from endoprint.config import Refusal
 from endoprint.curated import fingerprint, load
 from endoprint.design import Split
 from endoprint.fetched import fetch
+from endoprint.footprint import peak_memory_gib
 from endoprint.gates import Design, Evidence, Verdict, approved
 from endoprint.lineage import hash_of, metered, pretraining_units
 from endoprint.model import ExposureModel
@@ -173,6 +174,8 @@ def _decided(
     }
     registry.tell(workspace, "open", told)
     judged = {each.sha256: _judged(each, held_out, policy) for each in contenders}
+    if policy.at_most.peak_memory_gib is not None:  # which binds the candidate alone
+        judged[candidate.sha256] = _weighed(workspace, version, judged[candidate.sha256], held_out)
     verdict = gates.decide(
         judged[candidate.sha256],
         judged[champion.sha256] if champion else None,
@@ -309,22 +312,30 @@ def openings(
 
 # -- the test units -----------------------------------------------------------------------------
 def _judged(contender: Contender, held_out: AnnData, policy: Policy) -> Evidence:
-    """Score a model on the test cells and say how good and how dear it was."""
+    """Score a model on the test cells and say how good and how slow it was."""
     truth, unit = held_out.obs["exposure"].astype(str), held_out.obs["independent"].astype(str)
-    costs = []
+    timings = []
     for _ in range(TIMINGS):
         with metered() as meter:
             probabilities = contender.model.predict_proba(held_out)
-        costs.append(meter.cost)
-    seconds = statistics.median(cost.wall_seconds for cost in costs)
+        timings.append(meter.cost.wall_seconds)
+    seconds = statistics.median(timings)
     figures = {
         **metrics.summary(probabilities, truth, unit),
         "score_seconds_per_1000_cells": 1000 * seconds / int(held_out.n_obs),
-        "peak_memory_gib": statistics.median(cost.peak_memory_gib for cost in costs),
     }
     each = metrics.by_unit(probabilities, truth, unit)[policy.must_beat_champion.metric]
     by_unit = {str(name): float(value) for name, value in each.items()}
     return replace(contender.evidence, metrics=figures, by_unit=by_unit)
+
+
+def _weighed(
+    workspace: Workspace, version: Version, judged: Evidence, held_out: AnnData
+) -> Evidence:
+    """Add the memory that a version needs by itself: here the others are loaded as well."""
+    folder = fetch(workspace, version.uri, sha256=version.sha256)
+    held = peak_memory_gib(folder, held_out, scratch=workspace.local / "models")
+    return replace(judged, metrics={**judged.metrics, "peak_memory_gib": held})
 
 
 # -- the record ---------------------------------------------------------------------------------
