@@ -9,16 +9,18 @@ from prefect import flow, runtime, task
 
 from endoprint import jobs
 from flows.care import NOTED
+from flows.gpu import a_turn
 
 
 @flow(**NOTED)  # no step is tried again: whoever asked for a story waits for it
 def story(workspace: str = ".") -> str:
     """Walk the job list from cells to scored cells; return the path of `story.json`."""
     began = time.time()
-    told = {
-        step.name: task(step.job, name=step.name)(workspace, **step.arguments)
-        for step in jobs.story_steps(workspace)
-    }
+    with a_turn():
+        told = {
+            step.name: task(step.job, name=step.name)(workspace, **step.arguments)
+            for step in jobs.story_steps(workspace)
+        }
     tell = task(jobs.tell, name="tell")
     return tell(workspace, told=told, flow_run_id=str(runtime.flow_run.id), began=began)
 

@@ -21,4 +21,5 @@ def train(workspace: str = ".", models: list[str] | None = None, night: str = ""
     with a_turn():
         for model in models or jobs.model_names(workspace):
             task(jobs.train, name=f"train {model}", **long)(workspace, model=model, night=night)
-    return task(jobs.leaderboard, name="leaderboard", **long)(workspace)
+        # its controls are fits too
+        return task(jobs.leaderboard, name="leaderboard", **long)(workspace)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 import socket
@@ -16,6 +17,8 @@ import pandas as pd
 import pytest
 
 from children import MAIN, cpu_seconds, endoprint, environment, python
+from endoprint import jobs
+from endoprint.cli import main
 from endoprint.vocabulary import Vocabulary
 from endoprint.workspace import Workspace
 from lab import moved_copy
@@ -196,6 +199,22 @@ def test_the_table_of_models_is_readable_by_machines() -> None:
 
 
 # -- commands in a workspace, without Prefect -----------------------------------------------------
+def test_a_full_disk_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(jobs, "score", full)
+    monkeypatch.setattr(sys, "argv", ["endoprint", "score", "a.h5ad", "out"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "No space left on device; make room" in said
+
+
 @pytest.mark.slow
 def test_without_prefect_every_command_works_and_json_is_pure(
     plain_story: Path, tmp_path: Path

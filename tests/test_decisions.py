@@ -297,10 +297,8 @@ def test_where_the_policy_asks_for_a_person_the_champion_stays_until_one_approve
     path = jobs.promote(root, version="2")
     held = json.loads(Path(path).read_text())
     assert (held["decision"], held["champion"]) == ("hold", "1")
-    assert (
-        held["reasons"][0]
-        == "every gate is passed: a person approves it with `endoprint registry approve`"
-    )
+    said = "every gate is passed: a person approves it with `endoprint registry approve`"
+    assert held["reasons"][0].endswith(said)
     assert jobs.waits_for_approval(root, verdict=path)
     assert not held["was_opened"]  # who has to agree is no other question to the units
     done = json.loads(
@@ -384,6 +382,56 @@ def test_a_rollback_to_a_version_that_loads_but_gives_no_answer_is_refused(
         registry.rollback(lab)
     monkeypatch.undo()
     assert champion(lab).version == "2"
+
+
+def was_taken_down(space: Workspace, version: str, how: str) -> None:
+    """The version is held because of people, and the test units are not asked again."""
+    held = promote(space, version)
+    assert (held.verdict.decision, held.was_opened) == ("hold", False)
+    assert f"version {version} (logistic) was {how} on 20" in held.verdict.reasons[0]
+
+
+def test_a_rollback_is_not_undone_by_the_verdict_and_the_approval_that_came_before_it(
+    waiting: Workspace,
+) -> None:
+    root = str(waiting.root)
+    jobs.promote(root, version="2")
+    jobs.approve(root, version="2", why="figures read", vouched="ann")
+    assert champion(waiting).version == "2"
+    registry.rollback(waiting)
+    was_taken_down(waiting, "2", "rolled back")
+    assert champion(waiting).version == "1"
+    jobs.approve(root, version="2", why="it was the plate", vouched="ann")
+    assert champion(waiting).version == "2"
+
+
+def test_a_rollback_is_asked_about_where_the_policy_asks_nobody(lab: Workspace) -> None:
+    registry.rollback(lab)
+    was_taken_down(lab, "2", "rolled back")
+    (lab.root / "params.yaml").write_text("task: toy\nseed: 0\n")  # another lineage, equal bytes
+    assert register(lab, fit_and_track(lab)).version == "3"
+    was_taken_down(lab, "3", "rolled back")
+    assert champion(lab).version == "1"
+    registry.rollback(lab, "2")  # whoever took it down, or another, thinks better of it
+    assert promote(lab, "2").verdict.decision == "promote"
+    registry.rollback(lab)
+    jobs.approve(str(lab.root), version="2", why="it was the plate", vouched="ann")
+    assert champion(lab).version == "2"
+
+
+def test_a_retired_version_does_not_come_back_by_the_verdict_that_made_it_live(
+    lab: Workspace,
+) -> None:
+    registry.rollback(lab)
+    registry.retire(lab, why="a recall")
+    was_taken_down(lab, "1", "retired")
+    assert champion(lab) is None
+
+
+def test_a_champion_that_was_only_replaced_was_not_taken_down(lab: Workspace) -> None:
+    registry.retire(lab, why="a recall")
+    assert promote(lab, "1").verdict.decision == "promote"
+    assert champion(lab).version == "1"
 
 
 def test_a_verdict_asked_for_again_is_the_one_that_was_given(lab: Workspace) -> None:

@@ -158,6 +158,11 @@ def test_few_units_go_by_the_mean_where_the_policy_allows_and_the_verdict_says_s
     assert worse.decision == "reject"
 
 
+def test_a_doubt_about_the_record_of_openings_holds() -> None:
+    found = decide(evidence(), None, {}, policy(), design(doubts=("line 3 was changed",)))
+    assert (found.decision, found.reasons) == ("hold", ["line 3 was changed"])
+
+
 def test_a_budget_of_openings_makes_every_opening_stricter() -> None:
     """Eight unanimous units reach p = 2^-8: enough for .05 / 10, not for .05 / 20."""
     assert decide(evidence(), CHAMPION, {}, policy(budget=10), design()).decision == "promote"
@@ -285,6 +290,15 @@ def test_where_the_policy_asks_for_a_person_a_promotion_waits_and_nothing_else_d
     worse = decide(CHAMPION, evidence(), {}, rules, design())
     assert approved(worse, rules, Approval("ann", True, "please")) == worse
     assert approved(passed, policy(), None) == passed
+
+
+def test_what_people_took_down_waits_for_a_person_whatever_the_policy() -> None:
+    passed = decide(evidence(), CHAMPION, {}, policy(), design())
+    held = approved(passed, policy(), None, taken_down="it was rolled back")
+    assert held.decision == "hold"
+    assert held.reasons[0].startswith("it was rolled back; every gate is passed")
+    said = Approval("ann", True, "figures read")
+    assert approved(passed, policy(), said, taken_down="it was").decision == "promote"
 
 
 # -- what the design allows ---------------------------------------------------------------------

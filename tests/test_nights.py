@@ -10,18 +10,21 @@ import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from mlflow.exceptions import MlflowException
 
 from children import ROOT, endoprint
 from conftest import planted_cells
 from endoprint import jobs, tracking
-from endoprint.config import Refusal
+from endoprint.config import Away, Refusal
 from endoprint.jobs import data, nights
 from endoprint.roles import NAME, PASSWORD, acting, assume_reader
+from endoprint.search import study
 from endoprint.spelled import without_secrets
 from lab import bare_workspace, furnish
 
@@ -198,7 +201,6 @@ def test_only_what_may_pass_by_itself_is_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
-    from mlflow.exceptions import MlflowException
     from requests import ConnectionError as Unreachable
     from sqlalchemy.exc import OperationalError
 
@@ -208,14 +210,42 @@ def test_only_what_may_pass_by_itself_is_tried_again(
         OSError("disk"),
         Unreachable("line"),
         OperationalError("", {}, ValueError("locked")),
+        Away("a store answers", "nothing", "start it"),
     ]
     lasting = [
         Refusal("a rule", "that", "this"), FileNotFoundError("cells"), ValueError("shape"),
         MemoryError(), TimeoutError("twelve hours"),
         MlflowException("no", error_code=1000),  # INVALID_PARAMETER_VALUE
     ]  # fmt: skip
-    assert [is_passing(error) for error in passing] == [True] * 3
+    assert [is_passing(error) for error in passing] == [True] * 4
     assert [is_passing(error) for error in lasting] == [False] * 6
+
+
+@pytest.mark.parametrize("what", ["mlflow", "optuna", "dvc"])
+def test_a_store_that_is_away_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    space = bare_workspace(tmp_path)
+    if what == "mlflow":
+        store = SimpleNamespace(get_experiment_by_name=_fails)
+        asked = partial(tracking.experiment, space, store)
+    elif what == "optuna":
+        monkeypatch.setenv("OPTUNA_STORAGE", "postgresql+psycopg://lab:hush@127.0.0.1:9/optuna")
+        asked = partial(study.storage, tmp_path / "journal")
+    else:
+        (tmp_path / ".dvc").mkdir()
+        (tmp_path / ".dvc/config").write_text("[core]\n    no_scm = True\n    analytics = false\n")
+        (tmp_path / "cells.dvc").write_text(f"outs:\n- md5: {'a' * 32}\n  path: cells\n")
+        monkeypatch.setenv("ENDOPRINT_DVC_REMOTE", str(tmp_path / "gone"))
+        asked = partial(jobs.pull, str(space.root))
+    with pytest.raises(Away) as told:
+        asked()
+    assert told.value.got != "an error"
+    assert "hush" not in str(told.value)
+
+
+def _fails(_: str) -> None:
+    raise MlflowException("no answer")
 
 
 def every_flow() -> dict[str, Any]:

@@ -33,7 +33,7 @@ from endoprint.registry import (
 from endoprint.workspace import Workspace
 from lab import POLICY, bare_workspace, fit_and_track, furnish, misled, moved_copy
 
-NEVER = "at_most: {peak_memory_gib: 0.001}\n"  # a rule that no model keeps
+NEVER = "at_most: {score_seconds_per_1000_cells: 0.00001}\n"  # a rule that no model keeps
 
 
 @pytest.fixture(scope="session")
@@ -300,6 +300,45 @@ def test_a_baseline_is_taken_from_its_newest_training_run(lab: Workspace) -> Non
     assert set(found.figures) == {"version 1 (costly)", "logistic (baseline)"}
 
 
+def test_a_candidate_is_weighed_alone_and_not_with_the_champion_it_would_replace(
+    lab: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab.policy.write_text(POLICY + "at_most: {peak_memory_gib: 64}\n")
+    first, _ = two_versions(lab)
+    alone = first.figures["version 1 (logistic)"]["metrics"]["peak_memory_gib"]
+    rollback(lab)
+    other = Logistic(LogisticConfig(penalty=0.2, latent_width=4))
+    register(lab, fit_and_track(lab, model=other))
+    ceiling = f"at_most: {{peak_memory_gib: {alone + 0.4}}}\ncost_tolerance: 0\n"
+    lab.policy.write_text(POLICY + ceiling)
+    whole = promotion._loaded
+
+    def heavy(space: Workspace, version: registry.Version) -> Logistic:
+        model = whole(space, version)
+        model.ballast = np.ones(2**27)  # a GiB
+        return model
+
+    monkeypatch.setattr(promotion, "_loaded", heavy)
+    found = promote(lab)
+    assert found.verdict.decision == "promote"
+    weighed = found.figures["version 3 (logistic)"]["metrics"]["peak_memory_gib"]
+    assert weighed == pytest.approx(alone, rel=0.25)
+    assert "peak_memory_gib" not in found.figures["version 1 (logistic)"]["metrics"]
+    assert not list((lab.local / "models").glob(".footprint*"))
+
+
+def test_a_candidate_that_cannot_be_weighed_is_one_line_and_may_be_asked_again(
+    lab: Workspace,
+) -> None:
+    lab.policy.write_text(POLICY + "at_most: {peak_memory_gib: 64}\n")
+    register(lab, fit_and_track(lab, model=Costly()))
+    for _ in range(2):  # a fresh process does not know the stub
+        with pytest.raises(Refusal, match="in a process of its own; got exit status 1") as refused:
+            promote(lab)
+        assert "\n" not in str(refused.value)
+    assert promotion.openings(lab, Split.read(lab.split).hash) == 1
+
+
 class Costly(Logistic):
     """The same model, larger and slower."""
 
@@ -533,6 +572,25 @@ def test_a_decision_is_made_anew_for_other_counts_of_the_same_units(lab: Workspa
     assert promote(lab).was_opened
 
 
+@pytest.mark.parametrize("column", ["exposure", "unit"])
+def test_a_decision_is_made_anew_for_corrected_labels_of_the_same_counts(
+    lab: Workspace, column: str
+) -> None:
+    register(lab, good_run(lab))
+    lab.policy.write_text(POLICY + NEVER)
+    first = promote(lab)
+    cells = curated.load(lab.cells)
+    is_test = cells.obs["unit"].isin(Split.read(lab.split).test).to_numpy()
+    told = cells.obs[column].to_numpy(dtype=object).copy()
+    told[is_test] = np.roll(told[is_test], 1)
+    cells.obs[column] = told
+    curated.write(cells, lab.cells)
+    again = promote(lab)
+    assert again.was_opened
+    assert again.figures != first.figures
+    assert not promote(lab).was_opened
+
+
 def test_whole_lines_held_out_are_counted_as_lines_not_as_their_units(lab: Workspace) -> None:
     from endoprint.design import DesignConfig, make_split
 
@@ -552,10 +610,72 @@ def test_whole_lines_held_out_are_counted_as_lines_not_as_their_units(lab: Works
     assert set(promote(lab).figures["version 1 (logistic)"]["by_unit"]) == set(split.test)
 
 
-def test_a_lost_history_is_said_with_every_verdict(lab: Workspace) -> None:
+def test_a_lost_history_holds_every_verdict_and_opens_nothing(lab: Workspace) -> None:
     register(lab, good_run(lab))
     history.path(lab).unlink()
-    assert "the count of openings is in doubt" in promote(lab).verdict.reasons[-1]
+    held = promote(lab)
+    assert (held.verdict.decision, held.was_opened) == ("hold", False)
+    assert "the count of openings is in doubt" in held.verdict.reasons[0]
+    assert champion(lab) is None
+
+
+def test_no_verdict_is_taken_from_a_history_edited_by_hand(lab: Workspace) -> None:
+    register(lab, good_run(lab))
+    lab.policy.write_text(POLICY + NEVER)
+    assert promote(lab).verdict.decision == "reject"
+    path = history.path(lab)
+    path.write_text(path.read_text().replace('"decision": "reject"', '"decision": "promote"'))
+    held = promote(lab)
+    assert (held.verdict.decision, held.was_opened) == ("hold", False)
+    assert champion(lab) is None
+
+
+def test_a_history_cut_off_is_not_written_on_until_it_is_restored(lab: Workspace) -> None:
+    two_versions(lab)
+    path, split_hash = history.path(lab), Split.read(lab.split).hash
+    whole = path.read_text()
+    path.write_text("".join(whole.splitlines(keepends=True)[:3]))
+    other = fit_and_track(lab, model=Logistic(LogisticConfig(penalty=20.0, latent_width=4)))
+    for write in (
+        lambda: register(lab, other),
+        lambda: rollback(lab, "1"),
+        lambda: retire(lab, why="anything"),
+    ):
+        with pytest.raises(Refusal, match="restore it from a copy"):
+            write()
+    assert "missing" in registry.verify(lab)[0]
+    assert registry.aliases(lab) == {"champion": "2", "previous": "1", "candidate": "2"}
+    path.write_text(whole)
+    assert register(lab, other).version == "3"
+    assert registry.verify(lab) == []
+    assert promotion.openings(lab, split_hash) == 2
+
+
+def test_where_no_copy_is_left_whoever_deletes_the_registrys_memory_goes_on(
+    lab: Workspace,
+) -> None:
+    version = register(lab, good_run(lab))
+    history.path(lab).unlink()
+    tracking.client(lab).delete_registered_model_tag(version.name, registry.HEAD)
+    register(lab, weak_run(lab))
+    assert registry.verify(lab) == []
+
+
+def test_a_crash_before_the_registry_remembers_does_not_stop_the_next_write(
+    lab: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two_versions(lab)
+
+    def dies(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mlflow.MlflowClient, "set_registered_model_tag", dies)
+    with pytest.raises(KeyboardInterrupt):
+        rollback(lab)
+    monkeypatch.undo()
+    assert registry.verify(lab) == []
+    assert rollback(lab).version == "1"
+    assert registry.verify(lab) == []
 
 
 def test_a_store_that_does_not_answer_is_one_line(

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import h5py
 import numpy as np
+import pyarrow as pa
 import pytest
+import threadpoolctl
 from anndata import AnnData
 
 from conftest import planted_cells
@@ -16,7 +21,8 @@ from endoprint.cells import CellsConfig
 from endoprint.config import Refusal
 from endoprint.models.logistic import Logistic, LogisticConfig
 from endoprint.registry import Version
-from endoprint.scoring import Job, Layout, inputs
+from endoprint.scoring import Desk, Job, Layout, Shard, inputs
+from endoprint.scoring.rows import with_threads
 from endoprint.stored import Stored
 
 KEYS = CellsConfig(sample_key="sample", unit_keys=["unit"])
@@ -143,6 +149,83 @@ def test_a_part_that_cannot_be_read_takes_none_of_the_others_with_it(
     whole = scoring.score_job(model, planned(model, version, file, tmp_path / "b", is_begun=False),
                               tmp_path / "b")  # fmt: skip
     assert scoring.score_job(model, job, out).scores_sha256 == whole.scores_sha256
+
+
+@pytest.mark.parametrize("at", [0, 16, 17])
+def test_a_disk_that_fills_up_ends_the_job_and_room_lets_it_go_on(
+    model: Counts, version: Version, file: Path, tmp_path: Path, at: int
+) -> None:
+    out = tmp_path / "out"
+    job = planned(model, version, file, out, is_begun=False)
+    real = Desk.write
+
+    def write(self: Desk, shard: Shard, table: pa.Table) -> None:
+        if shard.number == at:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(self, shard, table)
+
+    def ended() -> None:
+        with pytest.raises(OSError, match="No space left"):
+            scoring.score_job(model, job, out)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Desk, "write", write)
+        told = threading.Thread(target=ended, daemon=True)  # what hangs fails, and hangs no test
+        told.start()
+        told.join(60)
+        assert not told.is_alive()
+    whole = scoring.score_job(model, job, out)
+    alone = planned(model, version, file, tmp_path / "b", is_begun=False)
+    assert whole.scores_sha256 == scoring.score_job(model, alone, tmp_path / "b").scores_sha256
+
+
+def test_a_part_of_other_bytes_is_never_there_even_when_the_right_ones_come_back(
+    model: Counts, version: Version, file: Path, tmp_path: Path
+) -> None:
+    out, right = tmp_path / "out", file.read_bytes()
+    with h5py.File(file, "r+") as stored:  # as long, same ids, other counts
+        stored["X/data"][:] = stored["X/data"][:][::-1]
+    other = file.read_bytes()
+    file.write_bytes(right)
+    job = planned(model, version, file, out, is_begun=False)
+
+    def overwrite(done: int, total: int) -> None:
+        if done >= 40:
+            file.write_bytes(other)
+
+    with pytest.raises(Refusal, match="changed while it was read"):
+        scoring.score_job(model, job, out, watch=overwrite)
+    assert list(out.glob(".job-*/*.parquet"))
+    file.write_bytes(right)
+    again = scoring.score_job(model, planned(model, version, file, out, is_begun=False), out)
+    alone = planned(model, version, file, tmp_path / "b", is_begun=False)
+    assert again.job_key == job.key
+    assert again.scores_sha256 == scoring.score_job(model, alone, tmp_path / "b").scores_sha256
+
+
+def test_a_refused_command_leaves_alone_what_a_job_at_work_laid_out(
+    model: Counts, version: Version, tmp_path: Path
+) -> None:
+    laid = tmp_path / "out/.rows-0123456789abcdef/cells.h5ad.rows.h5"
+    laid.parent.mkdir(parents=True)
+    laid.write_bytes(b"rows")
+    with pytest.raises(Refusal, match="none at"):
+        planned(model, version, tmp_path / "mistyped.h5ad", tmp_path / "out", is_begun=True)
+    assert laid.read_bytes() == b"rows"
+
+
+def test_workers_in_one_process_share_one_limit_until_the_last_leaves() -> None:
+    def limits() -> list[int]:
+        return [int(each["num_threads"]) for each in threadpoolctl.threadpool_info()]
+
+    with threadpoolctl.threadpool_limits(2):
+        before = limits()
+        with contextlib.ExitStack() as first, contextlib.ExitStack() as second:
+            first.enter_context(with_threads(1))
+            second.enter_context(with_threads(1))
+            first.close()
+            assert set(limits()) == {1}
+        assert limits() == before != [1] * len(before)
 
 
 def refuse_from(

@@ -17,9 +17,10 @@ from scipy import sparse
 
 from conftest import planted_cells
 from endoprint import jobs, registry, scoring, tracking
-from endoprint.config import Refusal
+from endoprint.config import Away, Refusal
 from endoprint.jobs import inbox as box_jobs
 from endoprint.jobs.scoring import _Pace
+from endoprint.model import ExposureModel
 from endoprint.scoring import inbox
 from endoprint.workspace import Workspace
 from lab import fit_and_track
@@ -211,7 +212,7 @@ def test_a_column_that_no_file_has_is_refused_before_anything_is_scored(lab: Pat
     new_cells(lab / "new.h5ad")
     with pytest.raises(Refusal, match="no 'dish'"):
         scored(lab, by="dish")
-    assert not (lab / "out/scores.parquet").exists()
+    assert not (lab / "out").exists()
 
 
 def test_populations_are_projected_where_their_control_is_told(lab: Path) -> None:
@@ -224,6 +225,19 @@ def test_populations_are_projected_where_their_control_is_told(lab: Path) -> Non
     assert "projection on the known exposures" in (lab / "out/report.html").read_text()
     with pytest.raises(Refusal, match="no tank"):
         scored(lab, control="tank")
+
+
+def test_a_version_that_does_not_answer_is_refused_before_anything_is_scored(
+    lab: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def silent(self: ExposureModel, cells: AnnData) -> pd.DataFrame:
+        return pd.DataFrame(np.nan, index=cells.obs_names, columns=self.exposures)
+
+    new_cells(lab / "new.h5ad")
+    monkeypatch.setattr(ExposureModel, "predict_proba", silent)
+    with pytest.raises(Refusal, match="answers with probabilities"):
+        scored(lab)
+    assert not (lab / "out").exists()
 
 
 # -- the way scanpy reads them ------------------------------------------------------------------
@@ -242,6 +256,18 @@ def test_annotating_copies_the_cells_with_their_scores(lab: Path) -> None:
     np.testing.assert_array_equal(told["DMSO"], rows["p_DMSO"])
     assert found.uns["endoprint"]["job_key"] == rows["job_key"].iloc[0]
     assert list(found.obs["treatment"]) == list(cells.obs["treatment"])
+
+
+def test_annotating_copies_the_file_that_was_named_not_the_one_where_it_lay_before(
+    lab: Path,
+) -> None:
+    cells = new_cells(lab / "new.h5ad")
+    scored(lab)
+    (lab / "later").mkdir()
+    (lab / "new.h5ad").rename(lab / "later/new.h5ad")
+    new_cells(lab / "new.h5ad", seed=9)  # next week's
+    jobs.score(str(lab), file="later/new.h5ad", out="out", model=MODEL, annotate="a.h5ad")
+    assert (anndata.read_h5ad(lab / "a.h5ad").X != cells.X).nnz == 0
 
 
 @pytest.mark.parametrize("out", ["new.h5ad", "new.csv", "."])
@@ -267,7 +293,9 @@ def test_late_labels_join_by_cell_id_in_any_order(lab: Path) -> None:
     assert found["n_labels_without_score"] == 0
     run = max(score_runs(lab), key=lambda run: run.info.start_time)
     assert run.data.metrics["accuracy"] == pytest.approx(right.mean())
-    # an h5ad of labelled cells does as well
+    # an h5ad of labelled cells does as well, also with its ids as a column
+    cells.obs["cell_id"] = "of another table"
+    cells.write_h5ad(lab / "new.h5ad")
     again = jobs.evaluate_scores(str(lab), scores="out/scores.parquet", labels="new.h5ad")
     assert again["n_judged"] == 48
 
@@ -403,17 +431,18 @@ def test_no_error_of_one_file_holds_up_the_others(
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("error", [ConnectionError("line"), Away("a store", "none", "start it")])
 def test_a_store_that_is_away_is_no_fault_of_a_file(
-    lab: Path, monkeypatch: pytest.MonkeyPatch
+    lab: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     new_cells(lab / "inbox/a.h5ad")
 
     def score(*words: object, **more: object) -> str:
-        raise ConnectionError("the store is away")
+        raise error
 
     with monkeypatch.context() as patched:
         patched.setattr(box_jobs, "score", score)
-        with pytest.raises(ConnectionError):
+        with pytest.raises(type(error)):
             look(lab)
     assert inbox.read(lab / "scored") == {}
     assert look(lab)["scored"] == ["a.h5ad"]

@@ -18,7 +18,7 @@ import torch
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState
 
-from endoprint.config import Config, Refusal
+from endoprint.config import Away, Config, Refusal
 from endoprint.model import Pruned
 from endoprint.search import (
     Limits,
@@ -406,13 +406,16 @@ def test_a_database_that_is_not_there_is_one_line_without_its_password(tmp_path,
         assert refused.value.__suppress_context__
 
 
-def test_an_error_that_is_not_the_trials_gives_its_values_back_and_is_raised(tmp_path):
+@pytest.mark.parametrize(
+    "error", [ConnectionError("a store is away"), Away("a store answers", "none", "start it")]
+)
+def test_an_error_that_is_not_the_trials_gives_its_values_back_and_is_raised(tmp_path, error):
     def away(trial: Trial) -> float:
         if trial.number == 1:
-            raise ConnectionError("a store is away")
+            raise error
         return minus_square(trial)
 
-    with pytest.raises(ConnectionError):
+    with pytest.raises(type(error)):
         tune(begun(tmp_path), Parabola, {}, away, limits=Limits(trials=3))
     study = begun(tmp_path)  # and the same process goes on, as a flow's second try does
     tune(study, Parabola, {}, minus_square, limits=Limits(trials=3))

@@ -6,7 +6,7 @@ from endoprint import history, registry
 from endoprint.config import Refusal
 from endoprint.gates import Approval
 from endoprint.policy import read_policy
-from endoprint.registry import Version
+from endoprint.registry import ROLLBACK, Version
 from endoprint.workspace import Workspace
 
 
@@ -20,14 +20,35 @@ def verdict_of(workspace: Workspace, version: str) -> history.Line | None:
     return lines[-1] if lines else None
 
 
-def approval(workspace: Workspace, key: str) -> Approval | None:
-    """Return what was last said by a person about one verdict, by its key."""
+def taken_down(workspace: Workspace, version: Version) -> history.Line | None:
+    """Return the line by which people took a version down; None: it was never live, or replaced.
+
+    The same bytes under another version's number are the same model.
+    """
+    lines = history.read(workspace)
+    alike = {version.version} | {
+        line["version"]
+        for line in lines
+        if line["what"] == "register" and line["sha256"] == version.sha256
+    }
+    left = [line for line in lines if line["what"] == "done" and line["from"] in alike]
+    is_by_people = bool(left) and (left[-1]["to"] is None or left[-1]["why"] == ROLLBACK)
+    return left[-1] if is_by_people else None
+
+
+def approval(
+    workspace: Workspace, key: str, *, since: history.Line | None = None
+) -> Approval | None:
+    """Return what was last said by a person about one verdict, by its key.
+
+    `since`: a line of the history; what was said before it does not count.
+    """
     said = [
         line
         for line in history.read(workspace)
         if line["what"] == "approval" and line["key"] == key
     ]
-    if not said or not key:
+    if not said or not key or (since is not None and said[-1]["n"] < since["n"]):
         return None
     return Approval(said[-1]["approver"], said[-1]["is_given"], said[-1]["why"])
 
@@ -51,12 +72,12 @@ def approve(
         if (
             made is None
             or made["verdict"]["decision"] != "promote"
-            or policy.approval != "human"
+            or (policy.approval != "human" and taken_down(workspace, found) is None)
             or standing == found.version
             or standing != made["champion"]  # what was judged is another question by now
         ):
             raise Refusal(
-                "a person approves what the gates would promote, and the policy asks about",
+                "a person approves what the gates would promote, where policy or rollback ask",
                 f"{found.label}, which waits for nobody",
                 "see `endoprint promote` and `approval` in registry/policy.yaml",
             )

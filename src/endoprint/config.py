@@ -30,6 +30,10 @@ class Refusal(ValueError):
         return type(self), (self.rule, self.got, self.remedy)
 
 
+class Away(Refusal):
+    """A store, a database or a remote that does not answer now: later it may."""
+
+
 class Config(BaseModel):
     """Typed, frozen values that refuse a typo; search ranges stand in the annotations.
 

@@ -141,7 +141,7 @@ def admit(
             + ("; the budget is spent: add new test units" if spent else ""),
             "hold",
         ),
-        *(Check("openings on record", True, doubt, is_caveat=True) for doubt in design.doubts),
+        *(Check("openings on record", False, doubt, "hold") for doubt in design.doubts),
         *(
             _at_hand(candidate, name, baselines.get(name), design)
             for name in policy.baselines
@@ -358,15 +358,19 @@ class Approval:
     why: str
 
 
-def approved(verdict: Verdict, policy: Policy, approval: Approval | None) -> Verdict:
+def approved(
+    verdict: Verdict, policy: Policy, approval: Approval | None, *, taken_down: str = ""
+) -> Verdict:
     """Return a verdict that also needs a person's word, where the policy asks for one.
 
-    Nobody is asked about what the gates hold or reject.
+    `taken_down`: how people took the version down, whom no stored verdict overrules; they are
+    asked again, whatever the policy. Nobody is asked about what the gates hold or reject.
     """
-    if policy.approval == "auto" or verdict.decision != "promote":
+    if verdict.decision != "promote" or (policy.approval == "auto" and not taken_down):
         return verdict
     if approval is None:
         said = "every gate is passed: a person approves it with `endoprint registry approve`"
+        said = f"{taken_down}; {said}" if taken_down else said
         check = Check("approval", False, said, "hold")
         return Verdict("hold", [check.said, *verdict.reasons], [*verdict.checks, check])
     verb = "approved" if approval.is_given else "declined"

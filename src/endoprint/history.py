@@ -96,6 +96,21 @@ def verify(workspace: Workspace, *, head: str | None = None) -> list[str]:
     return wrong
 
 
+def refuse_cut_off(workspace: Workspace, head: str | None) -> None:
+    """Refuse a history that lacks the line whose hash is known from elsewhere.
+
+    Written on, it would end in a line that is known, and never be found out.
+    """
+    if head is None or head in {line.get("hash") for line in read(workspace)}:
+        return
+    place = path(workspace)
+    raise Refusal(
+        "a history is written on where it reaches as far as the registry remembers",
+        f"{place.relative_to(workspace.root)}, whose lines at the end are missing",
+        f"restore it from a copy, such as registry/history/{place.name}, as docs/registry.md says",
+    )
+
+
 def _drop_torn_tail(place: Path) -> None:
     """Cut off a line whose writer died in the middle of it: nobody was told it was written."""
     if not place.is_file():

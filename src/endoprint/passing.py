@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from endoprint.config import Refusal
+from endoprint.config import Away, Refusal
 
-REMOTE = ("mlflow", "sqlalchemy", "botocore", "requests", "urllib3")  # whose errors may pass
+# whose errors may pass
+REMOTE = ("mlflow", "optuna", "sqlalchemy", "botocore", "requests", "urllib3")
 LASTING = (FileNotFoundError, PermissionError, FileExistsError, NotADirectoryError, TimeoutError)
 
 
 def is_passing(error: object) -> bool:
     """Whether a second try may end otherwise: a refused rule stays broken, a lost line may not."""
+    if isinstance(error, Away):
+        return True
     if isinstance(error, (Refusal, *LASTING)):
         return False
     status = getattr(error, "get_http_status_code", None)  # a server that said no will again

@@ -50,8 +50,8 @@ class AtMost(Config):
     )
     peak_memory_gib: Positive | None = Field(
         None,
-        description="resident memory of the scoring process, test cells included, median of "
-        "three; exceeded beyond cost_tolerance",
+        description="resident memory of a process that holds nothing but the version and the test "
+        "cells, while it loads and scores them; exceeded beyond cost_tolerance",
     )
 
 

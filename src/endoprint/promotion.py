@@ -17,11 +17,12 @@ from typing import Any
 from anndata import AnnData
 
 from endoprint import gates, history, metrics, registry, runs, tracking
-from endoprint.approvals import approval, verdict_of
+from endoprint.approvals import approval, taken_down, verdict_of
 from endoprint.config import Refusal
 from endoprint.curated import fingerprint, load
 from endoprint.design import Split
 from endoprint.fetched import fetch
+from endoprint.footprint import peak_memory_gib
 from endoprint.gates import Design, Evidence, Verdict, approved
 from endoprint.lineage import hash_of, metered, pretraining_units
 from endoprint.model import ExposureModel
@@ -31,6 +32,7 @@ from endoprint.smoke import opened
 from endoprint.workspace import Workspace
 
 TIMINGS = 3  # the median of them is what a model costs
+TRUTH = ["exposure", "unit", "independent"]  # columns of the test cells that a verdict rests on
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def promote(
         design = _design(workspace, held_out, split, audit)
         held_out.obs["independent"] = _independent(held_out, split)
         promotion = _decided(workspace, version_of, candidate, champion, policy, design, held_out)
-        verdict = approved(promotion.verdict, policy, approval(workspace, promotion.key))
+        verdict = _agreed(workspace, promotion, policy)
         promotion = replace(promotion, verdict=verdict, champion=live)
         _record(workspace, promotion, policy)
         if verdict.decision == "promote":
@@ -144,6 +146,8 @@ def _decided(
             "design": [design.split_hash, design.is_confounded, design.is_replicated],
             # other counts of the same units are another question
             "cells": fingerprint(held_out),
+            # and so are corrected labels of the same counts
+            "truth": hash_of(held_out.obs[TRUTH].astype(str).to_dict("list")),
         }
     )
     earlier = [
@@ -151,7 +155,7 @@ def _decided(
         for line in history.read(workspace)
         if line["what"] == "verdict" and line.get("key") == key
     ]
-    if earlier:
+    if earlier and not design.doubts:  # a history in doubt vouches for no verdict
         verdict = Verdict.from_json(earlier[-1]["verdict"])
         return Promotion(verdict, version, None, False, earlier[-1]["figures"], key)
     n_openings = openings(workspace, design.split_hash, design.held_out, but=key)
@@ -170,6 +174,8 @@ def _decided(
     }
     registry.tell(workspace, "open", told)
     judged = {each.sha256: _judged(each, held_out, policy) for each in contenders}
+    if policy.at_most.peak_memory_gib is not None:  # which binds the candidate alone
+        judged[candidate.sha256] = _weighed(workspace, version, judged[candidate.sha256], held_out)
     verdict = gates.decide(
         judged[candidate.sha256],
         judged[champion.sha256] if champion else None,
@@ -188,6 +194,18 @@ def _decided(
     said = {"champion": live.version if live else None, "verdict": verdict.to_json()}
     registry.tell(workspace, "verdict", {**told, **said, "figures": figures})
     return Promotion(verdict, version, None, True, figures, key)
+
+
+def _agreed(workspace: Workspace, promotion: Promotion, policy: Policy) -> Verdict:
+    """Return the verdict with the word of people: theirs now, and theirs who took it down."""
+    down, version = taken_down(workspace, promotion.version), promotion.version
+    how = ""
+    if down is not None:
+        how = "rolled back" if down["to"] else "retired"
+        how = f"{version.label} was {how} on {down['at'][:10]} by {down['who']}"
+        how += f" (`endoprint rollback {down['from']}` makes it live without a verdict)"
+    word = approval(workspace, promotion.key, since=down)
+    return approved(promotion.verdict, policy, word, taken_down=how)
 
 
 def _plain(figures: Mapping[str, float]) -> dict[str, float | None]:
@@ -294,22 +312,30 @@ def openings(
 
 # -- the test units -----------------------------------------------------------------------------
 def _judged(contender: Contender, held_out: AnnData, policy: Policy) -> Evidence:
-    """Score a model on the test cells and say how good and how dear it was."""
+    """Score a model on the test cells and say how good and how slow it was."""
     truth, unit = held_out.obs["exposure"].astype(str), held_out.obs["independent"].astype(str)
-    costs = []
+    timings = []
     for _ in range(TIMINGS):
         with metered() as meter:
             probabilities = contender.model.predict_proba(held_out)
-        costs.append(meter.cost)
-    seconds = statistics.median(cost.wall_seconds for cost in costs)
+        timings.append(meter.cost.wall_seconds)
+    seconds = statistics.median(timings)
     figures = {
         **metrics.summary(probabilities, truth, unit),
         "score_seconds_per_1000_cells": 1000 * seconds / int(held_out.n_obs),
-        "peak_memory_gib": statistics.median(cost.peak_memory_gib for cost in costs),
     }
     each = metrics.by_unit(probabilities, truth, unit)[policy.must_beat_champion.metric]
     by_unit = {str(name): float(value) for name, value in each.items()}
     return replace(contender.evidence, metrics=figures, by_unit=by_unit)
+
+
+def _weighed(
+    workspace: Workspace, version: Version, judged: Evidence, held_out: AnnData
+) -> Evidence:
+    """Add the memory that a version needs by itself: here the others are loaded as well."""
+    folder = fetch(workspace, version.uri, sha256=version.sha256)
+    held = peak_memory_gib(folder, held_out, scratch=workspace.local / "models")
+    return replace(judged, metrics={**judged.metrics, "peak_memory_gib": held})
 
 
 # -- the record ---------------------------------------------------------------------------------

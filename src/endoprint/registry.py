@@ -29,6 +29,7 @@ from endoprint.workspace import Workspace
 HEAD = "history_head"  # tag of the registered model: the hash of the newest line of its history
 LONGEST_DESCRIPTION = 5000  # letters; the column is no wider (MLflow's SQL store)
 CHAMPION, CANDIDATE, PREVIOUS = "champion", "candidate", "previous"
+ROLLBACK = "rollback"  # why an alias moved; of a promotion it is the verdict's first reason
 ABOUT = "**@champion** is live, **@candidate** the newest; aliases: `endoprint registry` only"
 ADDRESS = re.compile(r"models:/(?P<name>[\w.-]+)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+))")
 
@@ -266,6 +267,8 @@ def _version(found: Any) -> Version:  # mlflow's ModelVersion, which carries no 
 # -- moving aliases -----------------------------------------------------------------------------
 def tell(workspace: Workspace, what: str, said: Mapping[str, Any]) -> None:
     """Add a line to the history, and let the registry remember how far it reached."""
+    # a crash before the tag leaves an older line's, which is still there; a lost end leaves none
+    history.refuse_cut_off(workspace, _head(workspace))
     line = history.append(workspace, what, said)
     store = tracking.client(workspace)
     store.set_registered_model_tag(workspace.experiment, HEAD, line["hash"])
@@ -273,11 +276,16 @@ def tell(workspace: Workspace, what: str, said: Mapping[str, Any]) -> None:
 
 def verify(workspace: Workspace) -> list[str]:
     """Return what is wrong with the history, one sentence each; nothing if it can be trusted."""
+    return history.verify(workspace, head=_head(workspace))
+
+
+def _head(workspace: Workspace) -> str | None:
     try:
         known = tracking.client(workspace).get_registered_model(workspace.experiment)
     except mlflow.MlflowException:
-        return history.verify(workspace)
-    return history.verify(workspace, head=known.tags.get(HEAD))
+        return None
+    head: str | None = known.tags.get(HEAD)
+    return head
 
 
 @contextmanager
@@ -334,6 +342,7 @@ def recover(workspace: Workspace) -> str | None:
     lines = [line for line in history.read(workspace) if line["what"] in OPENS | CLOSES]
     if not lines or lines[-1]["what"] in CLOSES:
         return None
+    history.refuse_cut_off(workspace, _head(workspace))  # no alias moves by half a history
     left = {key: lines[-1][key] for key in ("from", "to", "why")}
     live = champion(workspace)
     outcome = "done" if (live.version if live else None) == left["to"] else "abandoned"
@@ -369,6 +378,7 @@ def rollback(workspace: Workspace, version: str = "") -> Version:
     """Make an earlier champion live again (`@previous` unless told), once it loads and answers."""
     with lock(workspace):
         recover(workspace)
+        history.refuse_cut_off(workspace, _head(workspace))  # it says who was live
         now = champion(workspace)
         target, _ = load_version(workspace, version or PREVIOUS)  # loads it and lets it answer
         were = {line["to"] for line in history.read(workspace) if line["what"] == "done"}
@@ -378,7 +388,7 @@ def rollback(workspace: Workspace, version: str = "") -> Version:
                 f"{target.label}, {'live already' if target.version in were else 'never live'}",
                 f"one of: {', '.join(sorted(filter(None, were), key=int)) or 'none'}",
             )
-        flip(workspace, target, expected=now, why="rollback")
+        flip(workspace, target, expected=now, why=ROLLBACK)
     return target
 
 

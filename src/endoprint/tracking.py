@@ -37,7 +37,7 @@ from mlflow.entities import (
 )
 
 from endoprint import alive
-from endoprint.config import Config, Refusal
+from endoprint.config import Away, Config
 from endoprint.lineage import Lineage
 from endoprint.model import Pruned
 from endoprint.roles import acting, assume_reader, turned_away
@@ -113,7 +113,7 @@ def experiment(workspace: Workspace, store: mlflow.MlflowClient) -> str:
         if refused := turned_away(error):
             raise refused from None
         # its message may spell the address out, password included
-        raise Refusal(
+        raise Away(
             "MLflow's store answers",
             f"none from {workspace.tracking_uri.rpartition('@')[2]}",
             "start it, or mend MLFLOW_TRACKING_URI",

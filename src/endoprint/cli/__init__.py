@@ -5,6 +5,7 @@ Heavy imports stand inside the commands, so that `endoprint --help` answers at o
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -20,6 +21,7 @@ Folder = Annotated[Path, typer.Option("--workspace", "-w", help="the workspace; 
 Json = Annotated[bool, typer.Option("--json", help="machine-readable result on standard output")]
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, a limit
 UsageError: Any = typer.BadParameter.__base__  # typer exports only the narrower one
 
 
@@ -32,6 +34,12 @@ class Polite(TyperGroup):
             return super().invoke(ctx)
         except Refusal as refusal:
             typer.echo(f"endoprint: {refusal}", err=True)
+            raise typer.Exit(2) from None
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            said = f"{error.strerror}; make room and run the same command again"
+            typer.echo(f"endoprint: {said}: what was finished is kept", err=True)
             raise typer.Exit(2) from None
 
 

@@ -43,18 +43,19 @@ def score(
     `annotate`: an h5ad to write with the scores in it. The same job again does nothing.
     """
     space = Workspace.open(workspace)
-    from endoprint import registry, scoring
+    from endoprint import registry, scoring, smoke
     from endoprint.cells import CellsConfig
-    from endoprint.model import load
     from endoprint.scoring import annotated, inputs, populations
     from endoprint.scoring import workers as crew
 
     config = space.params.section("cells", CellsConfig).located(space.root)
     version, folder = registry.resolve(space, model or f"models:/{space.experiment}@champion")
-    fitted = load(folder)
+    fitted = smoke.opened(folder, version.label)
     place, where = space.root / out, _below(space.root, file)
+    files = inputs.find(where)
+    populations.check_by(files, config, by, place)
     if annotate:
-        annotated.refuse_unwritable([str(x) for x in inputs.find(where)], space.root / annotate)
+        annotated.refuse_unwritable([str(path) for path in files], space.root / annotate)
     with progress.task("score") as step:
         job = scoring.plan(
             fitted,
@@ -65,7 +66,6 @@ def score(
             look=lambda name: step(0, note=name),
             is_begun=True,
         )
-        populations.check_by(job, by, place)
         missing = scoring.finished(place, job.key) is None
         with crew.helpers((workers - 1) * missing, job, place, folder, space.environment()):
             summary = scoring.score_job(
@@ -86,7 +86,9 @@ def score(
                     "give each a folder of its own",
                 )
             if annotate:
-                annotated.annotate(summary, place / scoring.SCORES, space.root / annotate)
+                annotated.annotate(
+                    summary, files[0], place / scoring.SCORES, space.root / annotate
+                )
             with suppress(NotAllowed):  # a reader's scores are described by their summary alone
                 _log_once(space, summary, place)
     return str(place / scoring.SUMMARY)
@@ -102,15 +104,15 @@ def score_part(workspace: str, *, plan: str, begin: int = 0) -> int:
 def plan_scoring(workspace: str, *, file: str, out: str, model: str = "") -> str:
     """Decide a job that workers elsewhere share; return the path of its plan."""
     space = Workspace.open(workspace)
-    from endoprint import registry, scoring
+    from endoprint import registry, scoring, smoke
     from endoprint.cells import CellsConfig
-    from endoprint.model import load
     from endoprint.scoring import workers
 
     config = space.params.section("cells", CellsConfig).located(space.root)
     version, folder = registry.resolve(space, model or f"models:/{space.experiment}@champion")
     place = space.root / out
-    job = scoring.plan(load(folder), version, _below(space.root, file), place, cells=config)
+    fitted = smoke.opened(folder, version.label)
+    job = scoring.plan(fitted, version, _below(space.root, file), place, cells=config)
     return workers.write_plan(job, place, folder)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from endoprint import progress
-from endoprint.config import Refusal
+from endoprint.config import Away, Refusal
 from endoprint.jobs.materials import cells_and_split
 from endoprint.jobs.searching import Tuning, news_of, report
 from endoprint.workspace import Workspace
@@ -109,6 +109,8 @@ def _halve(field_: _Field, seconds: float, step: progress.Task) -> None:
             entry.rungs += 1
             try:
                 entry.tuning.run(Limits(seconds=entry.allotted), entry.run.run_id)
+            except Away:
+                raise
             except Refusal as refused:  # of this model: the field goes on without it
                 entry.error = str(refused)
             spent = sum(min(seconds_spent(e.tuning.study), e.allotted)

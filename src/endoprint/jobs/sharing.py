@@ -8,11 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from endoprint.config import Refusal
+from endoprint.config import Away, Refusal
 from endoprint.workspace import Workspace
 
 ADDRESS = "ENDOPRINT_DVC_REMOTE"  # for example s3://BUCKET/FOLDER; its keys are AWS_...
 NAME = "shared"
+ERROR = "ERROR: "  # so DVC begins a line that says what went wrong; others advertise
 
 
 def push(workspace: str) -> str:
@@ -34,15 +35,16 @@ def pull(workspace: str) -> str:
 def _dvc(space: Workspace, verb: str) -> str:
     address = os.environ[ADDRESS]
     done = subprocess.run(
-        [sys.executable, "-m", "dvc", verb, "--quiet", "--remote", NAME],
+        [sys.executable, "-m", "dvc", verb, "--remote", NAME],
         cwd=space.root, env={**space.environment(), "DVC_GLOBAL_CONFIG_DIR": str(_config(space))},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode:
-        said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        raise Refusal(
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        said = [line.removeprefix(ERROR) for line in lines if line.startswith(ERROR)] or lines
+        raise Away(
             f"dvc {verb} reaches {address}",
-            " | ".join(said[-2:])[-300:] or "an error",
+            " | ".join(said[:2])[:300] or "an error",
             "check the address and the AWS_... keys in the environment",
         )
     return address

@@ -37,10 +37,11 @@ def refuse_unwritable(files: list[str], out: Path) -> None:
         raise Refusal(rule, "the input itself, which is never changed", "name another file")
 
 
-def annotate(summary: ScoreSummary, scores: Path, out: Path) -> Path:
+def annotate(summary: ScoreSummary, scored: Path, scores: Path, out: Path) -> Path:
     """Copy the scored file to `out` and write its scores into the copy; whole or not at all.
 
-    The counts are copied as bytes, never read; only the table of cells is in memory.
+    `scored`: where the file lies now; the summary says where it lay when it was scored first.
+    Counts are copied as bytes, never read; only the table of cells is in memory.
     """
     (known,) = summary.inputs
     taken = [*TAKEN, *(f"p_{exposure}" for exposure in summary.exposures)]
@@ -49,7 +50,7 @@ def annotate(summary: ScoreSummary, scores: Path, out: Path) -> Path:
     try:
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(known.path, beside)
+            shutil.copyfile(scored, beside)
         except OSError as error:
             rule = "--annotate writes a copy of the cells"
             raise Refusal(rule, str(error), "name a place with room for it") from None

@@ -92,7 +92,7 @@ class Desk:
         if ahead:
             yield ahead
         for shard in order:  # of others: theirs to finish, or left by the dead
-            # one at a time: who waits holds nothing that another may wait for
+            aside.settle()  # who waits holds nothing that another, or itself, may wait for
             claim = None if self.is_done(shard) else self._claimed(shard, waits=True)
             if claim:
                 yield aside.read(shard, claim)
@@ -309,6 +309,9 @@ class _Aside:
         return self._reading.part(shard.start, shard.stop)
 
     def _write(self, held: Held, table: pa.Table) -> None:
-        self._desk.write(held.shard, table)
+        with held.claim:
+            # now, not once at the end, which a killed run never reaches: a part that is there
+            # was made of the bytes whose md5 is in the job's key
+            inputs.refuse_changed(self._desk.job.inputs[held.shard.input])
+            self._desk.write(held.shard, table)
         self.made.append(held.shard)
-        held.claim.close()

@@ -101,7 +101,7 @@ def plan(
     """
     refuse_file(out_dir)
     layout = layout or Layout()
-    was_there = out_dir.exists()
+    was_there, laid_out = out_dir.exists(), set(out_dir.glob(".rows-*"))
     is_begun = is_begun and not (was_there and any(out_dir.iterdir()))
     found = []
     try:
@@ -114,7 +114,7 @@ def plan(
             found.append(inputs.look_at(path, model, cells, scratch(out_dir, path)))
         job = _identified(Job("", version, found, cells, layout), model, out_dir, is_begun)
     except Refusal:
-        for path in out_dir.glob(".rows-*"):
+        for path in set(out_dir.glob(".rows-*")) - laid_out:  # others are of a job at work
             shutil.rmtree(path, ignore_errors=True)
         if not was_there and out_dir.is_dir():
             out_dir.rmdir()

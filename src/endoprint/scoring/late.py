@@ -91,7 +91,7 @@ def _labels(path: Path, cells: CellsConfig) -> pd.DataFrame:
     try:
         if path.suffix in (".h5ad", ".h5", ".zarr"):
             table = door.read_obs(path).rename_axis(None)
-            table.insert(0, CELL, table.index.astype(str))
+            table[CELL] = table.index.astype(str)
         elif path.suffix == ".parquet":
             table = pd.read_parquet(path)
         else:

@@ -6,7 +6,7 @@ weighs populations by itself, or where a projection is asked for: so many of eac
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from anndata import AnnData
 
 from endoprint import drift
 from endoprint.annotations import UNKNOWN, text
+from endoprint.cells import CellsConfig
 from endoprint.config import Refusal
 from endoprint.model import ExposureModel
 from endoprint.population import Pools, weighs_itself
@@ -49,16 +50,16 @@ class Told:
     drift: pd.DataFrame
 
 
-def check_by(job: Job, by: str, out_dir: Path) -> None:
-    """Refuse a column that a file has not, before anything is scored."""
+def check_by(paths: Sequence[Path], config: CellsConfig, by: str, out_dir: Path) -> None:
+    """Refuse a column that a file has not, before anything is looked at or scored."""
     if by == SAMPLE:
         return
-    for each in job.inputs:
-        path = Path(each.path)
-        with inputs.opened(path, job.cells, scratch(out_dir, path), also=[by]) as reading:
+    for path in paths:
+        opening = inputs.opened(path, config, scratch(out_dir, path), also=[by])
+        with inputs.naming(path), opening as reading:
             if by not in reading.found.obs(0, 1):
                 raise Refusal(
-                    "populations are told apart by a column of obs", f"no {by!r} in {each.file}",
+                    "populations are told apart by a column of obs", f"no {by!r} in {path.name}",
                     "name one that every file has, or leave --by out for samples",
                 )  # fmt: skip
 

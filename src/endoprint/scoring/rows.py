@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,10 @@ from endoprint.model import ExposureModel
 from endoprint.scoring.columns import NO_ANSWER, NO_GENES, schema
 
 Array = np.ndarray[Any, np.dtype[Any]]
+
+_LOCK = Lock()
+_INSIDE: list[int] = []  # threads that each worker of this process asked for
+_LIMITS: list[Any] = []  # what gives BLAS its own number back
 
 
 def rows(model: ExposureModel, cells: AnnData) -> pa.Table:
@@ -75,17 +80,27 @@ def stamped(table: pa.Table, same: Mapping[str, str], wanted: pa.Schema) -> pa.T
 
 @contextmanager
 def with_threads(n: int) -> Iterator[None]:
-    """Compute with so many threads: their number can change a sum's last bits."""
+    """Compute with so many threads: their number can change a sum's last bits.
+
+    BLAS is limited for the whole process, by the first of several workers in it until the last.
+    """
     torch = sys.modules.get("torch")  # never loaded only to be told
     before = torch.get_num_threads() if torch is not None else 0
-    with threadpool_limits(limits=n):
+    with _LOCK:
+        if not _INSIDE:
+            _LIMITS.append(threadpool_limits(limits=n))
+        _INSIDE.append(n)
+    if torch is not None:
+        torch.set_num_threads(n)
+    try:
+        yield
+    finally:
         if torch is not None:
-            torch.set_num_threads(n)
-        try:
-            yield
-        finally:
-            if torch is not None:
-                torch.set_num_threads(before)
+            torch.set_num_threads(before)
+        with _LOCK:
+            _INSIDE.remove(n)
+            if not _INSIDE:
+                _LIMITS.pop().restore_original_limits()
 
 
 def _known(model: ExposureModel, cells: AnnData) -> tuple[Array, Array, Array]:

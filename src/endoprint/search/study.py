@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError, ProgrammingError
 
-from endoprint.config import Refusal
+from endoprint.config import Away, Refusal
 from endoprint.search.limits import Objective
 from endoprint.search.pruning import pruner
 
@@ -113,7 +113,8 @@ def _place(address: str) -> str:
 
 
 def _no_storage(place: str, error: Exception) -> Refusal:
-    return Refusal(
+    kind = Away if isinstance(error, OperationalError) else Refusal
+    return kind(
         f"the database that {STORAGE} names answers",
         f"{type(error).__name__} from {place}",
         f"start it, or mend {STORAGE}",

@@ -20,7 +20,7 @@ from optuna.distributions import (
 from optuna.trial import FrozenTrial, TrialState
 
 from endoprint import alive
-from endoprint.config import Config, Refusal
+from endoprint.config import Away, Config, Refusal
 from endoprint.model import Pruned, Watch
 from endoprint.search.limits import Limits
 from endoprint.search.study import (
@@ -38,6 +38,8 @@ WAIT_SECONDS = 1.0  # between two looks at what others do
 BIRTH_SECONDS = 30.0  # a trial is asked for, then marked with its process: in milliseconds
 LOST_SECONDS = 24 * 3600.0  # what another machine began so long ago is over: as long as a flow may
 MOST_FAILURES = 3  # in a row
+# errors that are the trial's own; others (a store that is away, Ctrl-C) have it tried once more
+TRIALS_OWN = (ArithmeticError, MemoryError, RuntimeError, ValueError)
 ONCE, NAMES, STARTS = "once", "names", "starts"  # marks of trials, and of the study, with values
 TAKEN = (*FINISHED, TrialState.RUNNING)
 
@@ -125,16 +127,15 @@ def _run(study: Study, asked: Asked, objective: Fit) -> bool:
     except Pruned:
         asked.set_user_attr(SECONDS, seconds())
         study.tell(asked, state=TrialState.PRUNED)
-    except (ArithmeticError, MemoryError, RuntimeError, ValueError) as error:
+    except BaseException as error:
         asked.set_user_attr(SECONDS, seconds())
+        if isinstance(error, Away) or not isinstance(error, TRIALS_OWN):
+            _give_back(study, study.get_trials(deepcopy=False)[asked.number])
+            raise
         said = without_secrets(f"{type(error).__name__}: {error}")
         asked.set_user_attr(ERROR, said[:500])  # never hidden
         study.tell(asked, state=TrialState.FAIL)
         return False
-    except BaseException:  # not the trial's fault: a store that is away, Ctrl-C; tried once more
-        asked.set_user_attr(SECONDS, seconds())
-        _give_back(study, study.get_trials(deepcopy=False)[asked.number])
-        raise
     else:
         asked.set_user_attr(SECONDS, seconds())
         study.tell(asked, figures)
