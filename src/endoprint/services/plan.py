@@ -7,16 +7,18 @@ can be read by everybody on a machine.
 from __future__ import annotations
 
 import importlib.util
+import ipaddress
 import os
 import platform
 import sys
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import endoprint
 from endoprint.config import Refusal
+from endoprint.roles import ROLES, password_name
 from endoprint.services.prefect_api import POOL, Prefect
 from endoprint.services.processes import MARK, mark_of
 from endoprint.workspace import Workspace
@@ -31,6 +33,12 @@ SERVERS_OWN = (  # a worker, and whatever it runs, has no business with these
     "PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_SERVER_API_AUTH_STRING",
 )  # fmt: skip
 AUTH_SECRETS = ("MLFLOW_AUTH_ADMIN_PASSWORD", "MLFLOW_FLASK_SERVER_SECRET_KEY")
+AUTH_NAMES = (  # whoever sets one of these means MLflow to ask who is there
+    *AUTH_SECRETS, "MLFLOW_AUTH_ADMIN_USERNAME", "MLFLOW_AUTH_CONFIG_PATH",
+    *(password_name(role) for role in ROLES),
+)  # fmt: skip
+# Prefect's server reads the first, everything that asks it the second
+PREFECT_LOGINS = ("PREFECT_SERVER_API_AUTH_STRING", "PREFECT_API_AUTH_STRING")
 AUTH_INI = """\
 # MLflow's basic auth; secrets are in the environment (docs/operations.md)
 [mlflow]
@@ -66,12 +74,7 @@ class Plan:
     @classmethod
     def of(cls, space: Workspace, *, host: str, ports: tuple[int, int], allowed: str) -> Plan:
         """Check what is asked for; refused where it would open a door without a lock."""
-        if host != LOOPBACK and not (_has_auth() and os.environ.get("PREFECT_API_AUTH_STRING")):
-            raise Refusal(
-                "services that other machines can reach ask for a password",
-                f"--host {host} without one",
-                "set what docs/operations.md names, or leave --host out",
-            )
+        _check_locks(host)
         if not _has_prefect():
             raise Refusal(
                 "schedules are Prefect's; every other command works without it",
@@ -102,17 +105,16 @@ class Plan:
     def services(self) -> list[Service]:
         """The servers that are ours to start, then the worker."""
         own = []
-        if not os.environ.get("MLFLOW_TRACKING_URI", "").startswith("http"):
+        if _starts_mlflow():
             own.append(self._mlflow())
-        if not os.environ.get("PREFECT_API_URL"):
+        if _starts_prefect():
             own.append(self._prefect())
         return [*own, self._worker()]
 
     @property
     def has_auth(self) -> bool:
         """Whether MLflow's server is started here and asks who is there."""
-        own = not os.environ.get("MLFLOW_TRACKING_URI", "").startswith("http")
-        return own and _has_auth()
+        return _starts_mlflow() and _has_auth()
 
     def hosts(self, port: int) -> list[str]:
         """Return the names a server answers to."""
@@ -237,5 +239,56 @@ def _has_prefect() -> bool:
         return False
 
 
+def _starts_mlflow() -> bool:
+    return not os.environ.get("MLFLOW_TRACKING_URI", "").startswith("http")
+
+
+def _starts_prefect() -> bool:
+    return not os.environ.get("PREFECT_API_URL")
+
+
 def _has_auth() -> bool:
-    return all(os.environ.get(name) for name in AUTH_SECRETS)
+    return not _unset(AUTH_SECRETS)
+
+
+def _unset(names: Sequence[str]) -> list[str]:
+    return [name for name in names if not os.environ.get(name)]
+
+
+def _check_locks(host: str) -> None:
+    """Refuse a server that others reach without a password, and a lock that is half there.
+
+    A name that is misspelt or empty would else turn asking off without a word.
+    """
+    doors = []
+    if _starts_mlflow():
+        doors.append(("MLflow", AUTH_SECRETS, AUTH_NAMES))
+    if _starts_prefect():
+        doors.append(("Prefect", PREFECT_LOGINS, PREFECT_LOGINS))
+    for server, needed, meant in doors:
+        unset, named = _unset(needed), [name for name in meant if name in os.environ]
+        if unset and named:
+            raise Refusal(
+                f"{server} asks who is there where both {' and '.join(needed)} are set",
+                f"{', '.join(named)} set, and {' and '.join(unset)} unset or empty",
+                f"set {' and '.join(unset)}, or unset {', '.join(named)}",
+            )
+        if unset and not _is_this_machine(host):
+            raise Refusal(
+                "services that other machines can reach ask for a password",
+                f"--host {host} without {' and '.join(unset)}",
+                "set what docs/operations.md names, or leave --host out",
+            )
+    if _starts_prefect() and len({os.environ.get(name) for name in PREFECT_LOGINS}) > 1:
+        raise Refusal(
+            f"{PREFECT_LOGINS[0]} and {PREFECT_LOGINS[1]} are the same",
+            "two that differ",
+            "set both to one name:password",
+        )
+
+
+def _is_this_machine(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,89 @@
+"""What `endoprint up` would start, and what it refuses to: read off the plan, before it starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from children import ROOT
+from endoprint.config import Refusal
+from endoprint.services.plan import AUTH_SECRETS, Plan
+from endoprint.workspace import Workspace
+from lab import bare_workspace
+
+pytest.importorskip("prefect", reason="the flows extra is not installed")
+SERVER, CLIENT = "PREFECT_SERVER_API_AUTH_STRING", "PREFECT_API_AUTH_STRING"
+ADDRESSES = ("MLFLOW_TRACKING_URI", "PREFECT_API_URL")
+
+
+@pytest.fixture
+def space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    monkeypatch.setenv("ENDOPRINT_HOME", str(ROOT))
+    for name in (*ADDRESSES, *AUTH_SECRETS, SERVER, CLIENT):
+        monkeypatch.delenv(name, raising=False)
+    return bare_workspace(tmp_path / "space")
+
+
+@pytest.fixture
+def locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every password that docs/operations.md names."""
+    for name in AUTH_SECRETS:
+        monkeypatch.setenv(name, "planted-password")
+    for name in (SERVER, CLIENT):
+        monkeypatch.setenv(name, "ann:planted-password")
+
+
+def planned(space: Workspace, host: str = "127.0.0.1", allowed: str = "") -> Plan:
+    return Plan.of(space, host=host, ports=(5000, 4200), allowed=allowed)
+
+
+# -- doors with locks ---------------------------------------------------------------------------
+@pytest.mark.parametrize("name", [SERVER, *AUTH_SECRETS])
+def test_a_server_that_others_reach_needs_the_password_that_it_reads(
+    space: Workspace, locks: None, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    assert planned(space, "0.0.0.0").services
+    monkeypatch.delenv(name)
+    with pytest.raises(Refusal, match=f"{name} unset or empty"):
+        planned(space, "0.0.0.0")
+
+
+def test_without_any_password_only_this_machine_may_be_served(space: Workspace) -> None:
+    for host in ("127.0.0.1", "localhost"):
+        assert len(planned(space, host).services) == 3
+    for host in ("0.0.0.0", "10.1.2.3"):
+        with pytest.raises(Refusal, match=f"ask for a password.*{AUTH_SECRETS[0]}"):
+            planned(space, host)
+
+
+def test_prefects_server_and_those_who_ask_it_have_the_same_password(
+    space: Workspace, locks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(CLIENT, "ann:another")
+    with pytest.raises(Refusal, match=f"{SERVER} and {CLIENT} are the same") as refused:
+        planned(space)
+    assert "another" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "meant", ["MLFLOW_AUTH_ADMIN_PASSWORD", "ENDOPRINT_READER_PASSWORD", "MLFLOW_AUTH_CONFIG_PATH"]
+)
+def test_half_a_lock_is_refused_and_not_left_open(
+    space: Workspace, monkeypatch: pytest.MonkeyPatch, meant: str
+) -> None:
+    monkeypatch.setenv(meant, "planted-password")
+    monkeypatch.setenv("MLFLOW_FLASK_SERVER_SECRET_KEY", "")  # $(cat FILE) of a file that is not
+    with pytest.raises(Refusal, match="MLFLOW_FLASK_SERVER_SECRET_KEY unset or empty") as refused:
+        planned(space)
+    assert "planted" not in str(refused.value)
+
+
+def test_a_machine_that_starts_no_server_needs_no_servers_password(
+    space: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://lab:5000")
+    monkeypatch.setenv("PREFECT_API_URL", "http://lab:4200/api")
+    monkeypatch.setenv("ENDOPRINT_TRAINER_PASSWORD", "planted-password")
+    monkeypatch.setenv(CLIENT, "ann:planted-password")
+    assert [each.name for each in planned(space, "0.0.0.0").services] == ["worker"]
