@@ -5,16 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from mlflow.server.security_utils import should_block_cors_request
 
 from children import ROOT
 from endoprint.config import Refusal
-from endoprint.services.plan import AUTH_SECRETS, Plan
+from endoprint.services.plan import AUTH_SECRETS, Plan, Service
 from endoprint.workspace import Workspace
 from lab import bare_workspace
 
 pytest.importorskip("prefect", reason="the flows extra is not installed")
 SERVER, CLIENT = "PREFECT_SERVER_API_AUTH_STRING", "PREFECT_API_AUTH_STRING"
-ADDRESSES = ("MLFLOW_TRACKING_URI", "PREFECT_API_URL")
+ADDRESSES = ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "PREFECT_UI_API_URL")
 
 
 @pytest.fixture
@@ -87,3 +88,39 @@ def test_a_machine_that_starts_no_server_needs_no_servers_password(
     monkeypatch.setenv("ENDOPRINT_TRAINER_PASSWORD", "planted-password")
     monkeypatch.setenv(CLIENT, "ann:planted-password")
     assert [each.name for each in planned(space, "0.0.0.0").services] == ["worker"]
+
+
+# -- reached from elsewhere ---------------------------------------------------------------------
+def service(plan: Plan, name: str) -> Service:
+    return next(each for each in plan.services if each.name == name)
+
+
+def test_pages_opened_under_an_allowed_name_may_ask_their_server(
+    space: Workspace, locks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = planned(space, "0.0.0.0", "lab.example.org")
+    command = service(plan, "mlflow").command
+    origins = command[command.index("--cors-allowed-origins") + 1].split(",")
+    for origin in ("http://lab.example.org:5000", "https://lab.example.org"):
+        assert not should_block_cors_request(origin, "POST", origins)
+    assert should_block_cors_request("https://evil.example.org", "POST", origins)
+    assert service(plan, "prefect").environment["PREFECT_UI_API_URL"] == "/api"
+    monkeypatch.setenv("PREFECT_UI_API_URL", "https://lab.example.org/api")
+    chosen = service(plan, "prefect").environment
+    assert chosen["PREFECT_UI_API_URL"] == "https://lab.example.org/api"
+
+
+@pytest.mark.parametrize(
+    ("host", "own"),
+    [("0.0.0.0", "127.0.0.1"), ("localhost", "127.0.0.1"), ("10.1.2.3", "10.1.2.3")],
+)
+def test_what_listens_on_one_address_is_looked_for_there(
+    space: Workspace, locks: None, host: str, own: str
+) -> None:
+    plan = planned(space, host)
+    assert (plan.mlflow_url, plan.prefect_url) == (f"http://{own}:5000", f"http://{own}:4200/api")
+    assert [each.url for each in plan.services[:2]] == [
+        f"http://{own}:5000", f"http://{own}:4200",
+    ]  # fmt: skip
+    assert plan.of_worker()["PREFECT_API_URL"] == plan.prefect_url
+    assert f"{own}:5000" in plan.hosts(5000)  # it answers under that name

@@ -24,8 +24,10 @@ from endoprint.services.processes import MARK, mark_of
 from endoprint.workspace import Workspace
 
 MLFLOW_PORT, PREFECT_PORT = 5000, 4200
-LOOPBACK = "127.0.0.1"
+LOOPBACK, EVERYWHERE = "127.0.0.1", "0.0.0.0"
 LEASES = "prefect.server.concurrency.lease_storage.filesystem"
+MLFLOW_ORIGINS = "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS"
+PREFECT_UI_APIS = ("PREFECT_UI_API_URL", "PREFECT_SERVER_UI_API_URL")
 WORKER_RUNS = 3  # at once: a promotion that waits for a person must not keep the inbox waiting
 SERVERS_OWN = (  # a worker, and whatever it runs, has no business with these
     "MLFLOW_AUTH_ADMIN_USERNAME", "MLFLOW_AUTH_ADMIN_PASSWORD", "MLFLOW_FLASK_SERVER_SECRET_KEY",
@@ -82,19 +84,27 @@ class Plan:
                 "pip install -c constraints.txt -e '.[flows]'",
             )
         names = tuple(name.strip() for name in allowed.split(",") if name.strip())
-        return cls(space, checkout(), host, ports[0], ports[1], names)
+        own = LOOPBACK if host == "localhost" else host  # which may be two addresses
+        return cls(space, checkout(), own, ports[0], ports[1], names)
 
     # -- addresses ------------------------------------------------------------------------------
+    @property
+    def own_host(self) -> str:
+        """Where this machine finds what is started here: the one address that it listens on."""
+        return LOOPBACK if self.host == EVERYWHERE else self.host
+
     @property
     def mlflow_url(self) -> str:
         """Where runs are logged: the environment's server, else the one started here."""
         given = os.environ.get("MLFLOW_TRACKING_URI", "")
-        return given if given.startswith("http") else f"http://{LOOPBACK}:{self.mlflow_port}"
+        return given if given.startswith("http") else f"http://{self.own_host}:{self.mlflow_port}"
 
     @property
     def prefect_url(self) -> str:
         """Prefect's API: the environment's server, else the one started here."""
-        return os.environ.get("PREFECT_API_URL") or f"http://{LOOPBACK}:{self.prefect_port}/api"
+        return (
+            os.environ.get("PREFECT_API_URL") or f"http://{self.own_host}:{self.prefect_port}/api"
+        )
 
     @property
     def worker_name(self) -> str:
@@ -118,8 +128,12 @@ class Plan:
 
     def hosts(self, port: int) -> list[str]:
         """Return the names a server answers to."""
-        names = ("127.0.0.1", "localhost", *self.allowed_hosts)
+        names = dict.fromkeys((LOOPBACK, "localhost", self.own_host, *self.allowed_hosts))
         return [*names, *(f"{name}:{port}" for name in names)]
+
+    def origins(self, port: int) -> list[str]:
+        """Return where pages that may change things come from: the server, or a proxy before it."""
+        return [f"{scheme}://{name}" for name in self.hosts(port) for scheme in ("http", "https")]
 
     def environment(self) -> dict[str, str]:
         """Return what everything started here has in common."""
@@ -153,6 +167,8 @@ class Plan:
         command = [sys.executable, "-m", "mlflow", "server", "--host", self.host]
         command += ["--port", str(self.mlflow_port), "--workers", "1"]
         command += ["--allowed-hosts", ",".join(self.hosts(self.mlflow_port))]
+        if not os.environ.get(MLFLOW_ORIGINS):
+            command += ["--cors-allowed-origins", ",".join(self.origins(self.mlflow_port))]
         own = {
             **self.environment(),
             "MLFLOW_BACKEND_STORE_URI": space.tracking_uri,
@@ -164,11 +180,11 @@ class Plan:
             command += ["--app-name", "basic-auth"]
             own.setdefault("MLFLOW_AUTH_CONFIG_PATH", str(self._auth_ini()))
             own.setdefault("MLFLOW_AUTH_ADMIN_USERNAME", "admin")
-        url = f"http://{LOOPBACK}:{self.mlflow_port}"
+        url = f"http://{self.own_host}:{self.mlflow_port}"
         return Service("mlflow", tuple(command), own, url, lambda _: answers(f"{url}/health"))
 
     def _prefect(self) -> Service:
-        url, port = f"http://{LOOPBACK}:{self.prefect_port}", str(self.prefect_port)
+        url, port = f"http://{self.own_host}:{self.prefect_port}", str(self.prefect_port)
         command = [sys.executable, "-m", "uvicorn", "--factory", "flows.server:app"]
         command += ["--host", self.host, "--port", port, "--log-level", "warning"]
         hosts = sorted({name.rpartition(":")[0] or name for name in self.hosts(0)})
@@ -176,15 +192,17 @@ class Plan:
             **self.environment(),
             "ENDOPRINT_ALLOWED_HOSTS": ",".join(hosts),
             "PREFECT_API_URL": f"{url}/api",
-            "PREFECT_UI_API_URL": f"{url}/api",
             "PREFECT_SERVER_API_HOST": self.host,
             "PREFECT_SERVER_API_PORT": port,
             "PREFECT_SERVER_DATABASE_TIMEOUT": "60",  # 10 is too little for a busy laptop's SQLite
             "PREFECT_SERVER_DATABASE_CONNECTION_TIMEOUT": "30",
             # on disk: a server that forgot who holds a deployment's slot cancels that very run
             "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": LEASES,
-            "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{url},http://localhost:{port}",
         }
+        own.setdefault("PREFECT_SERVER_CORS_ALLOWED_ORIGINS", f"{url},http://localhost:{port}")
+        if not any(own.get(name) for name in PREFECT_UI_APIS):
+            # on whatever name and port the page was opened under; seen to work in both of its UIs
+            own["PREFECT_UI_API_URL"] = "/api"
         api = Prefect(f"{url}/api")
         return Service("prefect", tuple(command), own, url, lambda _: api.is_healthy())
 
