@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from mlflow.server.security_utils import should_block_cors_request
 
 from children import ROOT
 from endoprint.config import Refusal
-from endoprint.services.plan import AUTH_SECRETS, Plan, Service
+from endoprint.services.grants import Admin
+from endoprint.services.plan import AUTH_SECRETS, Plan, Service, answers
 from endoprint.workspace import Workspace
 from lab import bare_workspace
 
@@ -33,6 +38,28 @@ def locks(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, "planted-password")
     for name in (SERVER, CLIENT):
         monkeypatch.setenv(name, "ann:planted-password")
+
+
+@contextmanager
+def answering(said: bytes) -> Iterator[str]:
+    """A server on this machine that says one thing, whatever it is asked."""
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(said)
+
+        def log_message(self, *words: object) -> None:
+            """Say nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def planned(space: Workspace, host: str = "127.0.0.1", allowed: str = "") -> Plan:
@@ -124,3 +151,21 @@ def test_what_listens_on_one_address_is_looked_for_there(
     ]  # fmt: skip
     assert plan.of_worker()["PREFECT_API_URL"] == plan.prefect_url
     assert f"{own}:5000" in plan.hosts(5000)  # it answers under that name
+
+
+# -- behind a proxy -----------------------------------------------------------------------------
+def test_nothing_here_asks_a_proxy_for_this_machine(
+    space: Workspace, locks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # where nobody listens
+    monkeypatch.setenv("no_proxy", "lab.example.org")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with answering(b"{}") as url:
+        assert answers(url)
+        assert Admin(url).ask("anything") == {}
+    plan = planned(space, "10.1.2.3")
+    for environment in (plan.of_worker(), service(plan, "mlflow").environment):
+        wanted = "lab.example.org,127.0.0.1,localhost,10.1.2.3"
+        assert environment["no_proxy"] == environment["NO_PROXY"] == wanted
+    monkeypatch.setenv("NO_PROXY", "*")
+    assert plan.environment()["no_proxy"] == "*"

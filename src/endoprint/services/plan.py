@@ -26,6 +26,7 @@ from endoprint.workspace import Workspace
 MLFLOW_PORT, PREFECT_PORT = 5000, 4200
 LOOPBACK, EVERYWHERE = "127.0.0.1", "0.0.0.0"
 LEASES = "prefect.server.concurrency.lease_storage.filesystem"
+UNPROXIED = ("NO_PROXY", "no_proxy")  # some read the one, some the other
 MLFLOW_ORIGINS = "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS"
 PREFECT_UI_APIS = ("PREFECT_UI_API_URL", "PREFECT_SERVER_UI_API_URL")
 WORKER_RUNS = 3  # at once: a promotion that waits for a person must not keep the inbox waiting
@@ -132,13 +133,14 @@ class Plan:
         return [*names, *(f"{name}:{port}" for name in names)]
 
     def origins(self, port: int) -> list[str]:
-        """Return where pages that may change things come from: the server, or a proxy before it."""
+        """Return where pages that may change things come from: the server, or its proxy."""
         return [f"{scheme}://{name}" for name in self.hosts(port) for scheme in ("http", "https")]
 
     def environment(self) -> dict[str, str]:
         """Return what everything started here has in common."""
         return {
             **self.space.environment(),
+            **dict.fromkeys(UNPROXIED, self._unproxied()),
             MARK: mark_of(self.space),
             "ENDOPRINT_HOME": str(self.home),
             "ENDOPRINT_WORKSPACE": str(self.space.root),
@@ -147,6 +149,14 @@ class Plan:
             ),
             "PYTHONUNBUFFERED": "1",
         }
+
+    def _unproxied(self) -> str:
+        """Return the names that no proxy is asked for: the user's own, and this machine's."""
+        given = [each for name in UNPROXIED for each in os.environ.get(name, "").split(",")]
+        names = [each.strip() for each in given if each.strip()]
+        if "*" in names:  # all of them, as long as it stands alone
+            return "*"
+        return ",".join(dict.fromkeys((*names, LOOPBACK, "localhost", self.own_host)))
 
     def of_worker(self) -> dict[str, str]:
         """Return a worker's environment: it talks to servers, and knows none of their secrets."""
@@ -242,9 +252,10 @@ def runs_page(url: str, experiment: str) -> str:
 
 
 def answers(url: str) -> bool:
-    """Whether a server answers there."""
+    """Whether a server of this machine answers there; no proxy would know."""
+    directly = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with urllib.request.urlopen(url, timeout=5):
+        with directly.open(url, timeout=5):
             return True
     except OSError:
         return False
