@@ -10,6 +10,7 @@ import importlib.util
 import ipaddress
 import os
 import platform
+import re
 import sys
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -247,7 +248,11 @@ def checkout() -> Path:
 
 
 def runs_page(url: str, experiment: str) -> str:
-    """Return where MLflow's UI shows a task's runs; unless told, it opens for language models."""
+    """Return where MLflow's UI shows a task's runs; unless told, it opens for language models.
+
+    It is shown and written down: without the name and password that the address may hold.
+    """
+    url = re.sub(r"://[^/]*@", "://", url)
     return f"{url}/#/experiments/{experiment}?workflowType=machine_learning"
 
 
