@@ -14,7 +14,8 @@ from mlflow.server.security_utils import should_block_cors_request
 from children import ROOT
 from endoprint.config import Refusal
 from endoprint.services.grants import Admin
-from endoprint.services.plan import AUTH_SECRETS, Plan, Service, answers
+from endoprint.services.plan import AUTH_SECRETS, Plan, Service, answers, runs_page
+from endoprint.services.processes import free_port
 from endoprint.workspace import Workspace
 from lab import bare_workspace
 
@@ -169,3 +170,29 @@ def test_nothing_here_asks_a_proxy_for_this_machine(
         assert environment["no_proxy"] == environment["NO_PROXY"] == wanted
     monkeypatch.setenv("NO_PROXY", "*")
     assert plan.environment()["no_proxy"] == "*"
+
+
+# -- addresses ----------------------------------------------------------------------------------
+def test_an_address_that_is_shown_holds_no_password() -> None:
+    page = runs_page("http://ann:planted@word@lab:5000", "1")
+    assert page.startswith("http://lab:5000/#/experiments/1")
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "nowhere.invalid"])  # no machine's, RFC 5737, 2606
+def test_an_address_of_another_machine_is_refused(host: str) -> None:
+    with pytest.raises(Refusal, match=f"an address of this machine; got {host}"):
+        free_port(5000, host=host)
+
+
+def test_no_port_is_left_above_the_last() -> None:
+    with pytest.raises(Refusal, match="none from 65535 on"):
+        free_port(65535, taken=[65535])
+
+
+@pytest.mark.parametrize("words", [("--mlflow-port", "99999"), ("--prefect-port", "-1")])
+def test_a_port_that_cannot_be_is_a_mistake_in_the_command(words: tuple[str, str]) -> None:
+    from endoprint.cli import UsageError, up
+
+    with pytest.raises(UsageError) as refused:
+        up.app(["up", *words], standalone_mode=False)
+    assert words[0] in refused.value.format_message()
