@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -196,3 +197,23 @@ def test_a_port_that_cannot_be_is_a_mistake_in_the_command(words: tuple[str, str
     with pytest.raises(UsageError) as refused:
         up.app(["up", *words], standalone_mode=False)
     assert words[0] in refused.value.format_message()
+
+
+def test_ui_leaves_a_taken_port_to_who_has_it_and_starts_no_more_than_up(
+    space: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from endoprint.cli import registry
+
+    started: list[tuple[list[str], dict[str, str]]] = []
+    monkeypatch.setattr(os, "execve", lambda _, words, given: started.append((words, given)))
+    with answering(b"somebody else's") as url:
+        taken = url.rpartition(":")[2]
+        registry.app(
+            ["ui", "--port", taken, "--workspace", str(space.root)], standalone_mode=False
+        )
+    ((command, environment),) = started
+    port = command[command.index("--port") + 1]
+    assert port != taken
+    assert f"http://127.0.0.1:{port}/" in capsys.readouterr().out
+    assert command[command.index("--workers") + 1] == "1"
+    assert environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false"
