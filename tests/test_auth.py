@@ -128,6 +128,36 @@ def test_granting_again_changes_nothing(space: Workspace, champion: registry.Ver
     assert found.version == champion.version
 
 
+def test_a_password_that_is_changed_lets_in_and_the_old_one_no_more(
+    space: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, name = os.environ["MLFLOW_TRACKING_URI"], "ENDOPRINT_READER_PASSWORD"
+    old = os.environ[name]
+    monkeypatch.setenv(name, f"planted-{secrets.token_hex(12)}")
+    grants.grant(url, space.experiment)
+    with acting("reader"):
+        assert tracking.client(space).search_experiments()
+    monkeypatch.setenv(name, old)
+    with acting("reader"), pytest.raises(MlflowException) as refused:
+        tracking.client(space).search_experiments()
+    assert refusal_of(refused.value) == 401
+    grants.grant(url, space.experiment)
+
+
+def test_a_role_that_cannot_log_in_is_not_reported_as_made(
+    space: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = os.environ["MLFLOW_TRACKING_URI"]
+    monkeypatch.setenv("ENDOPRINT_READER_PASSWORD", "short")
+    with pytest.raises(Refusal, match="HTTP 400.*assword.*mend what it names"):
+        grants.grant(url, space.experiment)
+    # a server that takes a password and then knows it not
+    monkeypatch.setattr(grants.Admin, "ask", lambda *_, **__: {"experiment": {"experiment_id": 1}})
+    monkeypatch.setenv("ENDOPRINT_READER_PASSWORD", "planted-but-unknown")
+    with pytest.raises(Refusal, match="reader can log in with ENDOPRINT_READER_PASSWORD.*401"):
+        grants.grant(url, space.experiment)
+
+
 def test_the_scorer_runs_as_a_reader_and_needs_no_more(
     space: Workspace, champion: registry.Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,9 +32,14 @@ def turned_away(error: Exception) -> NotAllowed | None:
     )
 
 
+def password_name(role: str) -> str:
+    """Return the variable that holds a role's password."""
+    return f"ENDOPRINT_{role.upper()}_PASSWORD"
+
+
 def password_of(role: str) -> str:
     """Return a role's password from the environment; empty: none there."""
-    return os.environ.get(f"ENDOPRINT_{role.upper()}_PASSWORD", "")
+    return os.environ.get(password_name(role), "")
 
 
 def assume_reader() -> None:

@@ -52,7 +52,9 @@ def rollback(
 
 @app.command()
 def ui(
-    port: Annotated[int, typer.Option(help="on 127.0.0.1")] = 5000,
+    port: Annotated[
+        int, typer.Option(min=1, max=65535, help="on 127.0.0.1; the next free one, if busy")
+    ] = 5000,
     workspace: Folder = Path(),
     as_json: Json = False,
 ) -> None:
@@ -62,19 +64,22 @@ def ui(
     space = Workspace.open(workspace)  # a mistake is said before MLflow is imported
     from endoprint import tracking
     from endoprint.services.plan import runs_page
+    from endoprint.services.processes import free_port
 
+    port = free_port(port)
     space.local.mkdir(parents=True, exist_ok=True)
     experiment = tracking.experiment(space, tracking.client(space))
     address = runs_page(f"http://127.0.0.1:{port}", experiment)
     say({"address": address}, f"MLflow on {address}  (Ctrl-C stops it)", as_json)
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
     hosts = ",".join(f"{name}:{port}" for name in ("127.0.0.1", "localhost"))
-    command += ["--port", str(port), "--allowed-hosts", hosts]
+    command += ["--port", str(port), "--workers", "1", "--allowed-hosts", hosts]
     # by the environment: a database's password on a command line can be read by everybody
     environment = {
         **space.environment(),
         "MLFLOW_BACKEND_STORE_URI": space.tracking_uri,
         "MLFLOW_DEFAULT_ARTIFACT_ROOT": space.artifacts,
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # as `up`: four processes never used
     }
     environment.pop("MLFLOW_TRACKING_URI", None)
     # in this process's place: whoever stops the command stops the server, nothing is orphaned

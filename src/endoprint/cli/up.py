@@ -17,8 +17,12 @@ if TYPE_CHECKING:
 
 @app.command()
 def up(
-    mlflow_port: Annotated[int, typer.Option(help="the next free one, if busy")] = 5000,
-    prefect_port: Annotated[int, typer.Option(help="the next free one, if busy")] = 4200,
+    mlflow_port: Annotated[
+        int, typer.Option(min=1, max=65535, help="the next free one, if busy")
+    ] = 5000,
+    prefect_port: Annotated[
+        int, typer.Option(min=1, max=65535, help="the next free one, if busy")
+    ] = 4200,
     host: Annotated[
         str, typer.Option(help="what to listen on; another than this machine needs passwords")
     ] = "127.0.0.1",

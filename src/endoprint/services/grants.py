@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import quote
 
 from endoprint.config import Refusal
-from endoprint.roles import ROLES, password_of
+from endoprint.roles import ROLES, password_name, password_of
 
 # what each role has on the task's experiment and on its registered model; beyond it, everybody
 # who is known reads. Taking an alias away is a deletion to MLflow, hence MANAGE.
@@ -29,20 +29,15 @@ class Admin:
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
-        self._name = os.environ.get("MLFLOW_AUTH_ADMIN_USERNAME", "admin")
+        name = os.environ.get("MLFLOW_AUTH_ADMIN_USERNAME", "admin")
+        self._login = (name, os.environ.get("MLFLOW_AUTH_ADMIN_PASSWORD", ""))
+        # it is on this machine, of which no proxy knows
+        self._directly = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
-    def ask(self, what: str, payload: dict[str, Any] | None = None) -> Any:
+    def ask(self, what: str, payload: dict[str, Any] | None = None, *, method: str = "") -> Any:
         """Return the server's answer; a user or thing that exists already is no error."""
-        secret = os.environ.get("MLFLOW_AUTH_ADMIN_PASSWORD", "")
-        token = base64.b64encode(f"{self._name}:{secret}".encode()).decode()
-        request = urllib.request.Request(
-            f"{self.url}/api/{what}",
-            None if payload is None else json.dumps(payload).encode(),
-            {"content-type": "application/json", "authorization": f"Basic {token}"},
-        )
         try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                text = answer.read()
+            return self._ask(what, payload, method=method, login=self._login)
         except urllib.error.HTTPError as error:
             said = error.read().decode(errors="replace")
             if KNOWN_ALREADY in said:
@@ -50,8 +45,46 @@ class Admin:
             raise Refusal(
                 "MLflow's administrator may grant roles",
                 f"HTTP {error.code} from {self.url}: {said[:200]}",
-                "set MLFLOW_AUTH_ADMIN_PASSWORD to the one the server was first started with",
+                "set MLFLOW_AUTH_ADMIN_PASSWORD to the one the server was first started with"
+                if error.code in (401, 403)
+                else "mend what it names",
             ) from None
+
+    def admit(self, role: str, password: str) -> None:
+        """Make a role's user, or give the one there is this password; refused if that is no use.
+
+        A password is changed where the environment's is a new one, and the old one ends with it.
+        """
+        user = {"username": role, "password": password}
+        if self.ask("2.0/mlflow/users/create", user) is None:
+            self.ask("2.0/mlflow/users/update-password", user, method="PATCH")
+        try:
+            self._ask("2.0/mlflow/users/current", login=(role, password))
+        except urllib.error.HTTPError as error:
+            said = error.read().decode(errors="replace")
+            raise Refusal(
+                f"{role} can log in with {password_name(role)}",
+                f"HTTP {error.code} from {self.url}: {said[:200]}",
+                "see .endoprint/logs/mlflow.txt",
+            ) from None
+
+    def _ask(
+        self,
+        what: str,
+        payload: dict[str, Any] | None = None,
+        *,
+        method: str = "",
+        login: tuple[str, str],
+    ) -> Any:
+        token = base64.b64encode(":".join(login).encode()).decode()
+        request = urllib.request.Request(
+            f"{self.url}/api/{what}",
+            None if payload is None else json.dumps(payload).encode(),
+            {"content-type": "application/json", "authorization": f"Basic {token}"},
+            method=method or ("POST" if payload is not None else "GET"),
+        )
+        with self._directly.open(request, timeout=60) as answer:
+            text = answer.read()
         return json.loads(text) if text else None
 
 
@@ -74,7 +107,7 @@ def grant(url: str, experiment: str) -> list[str]:
         password = password_of(role)
         if not password:
             continue
-        admin.ask("2.0/mlflow/users/create", {"username": role, "password": password})
+        admin.admit(role, password)
         for kind, permission in GRANTS[role].items():
             admin.ask(
                 "3.0/mlflow/users/permissions/grant",

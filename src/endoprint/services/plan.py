@@ -7,23 +7,29 @@ can be read by everybody on a machine.
 from __future__ import annotations
 
 import importlib.util
+import ipaddress
 import os
 import platform
+import re
 import sys
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import endoprint
 from endoprint.config import Refusal
+from endoprint.roles import ROLES, password_name
 from endoprint.services.prefect_api import POOL, Prefect
 from endoprint.services.processes import MARK, mark_of
 from endoprint.workspace import Workspace
 
 MLFLOW_PORT, PREFECT_PORT = 5000, 4200
-LOOPBACK = "127.0.0.1"
+LOOPBACK, EVERYWHERE = "127.0.0.1", "0.0.0.0"
 LEASES = "prefect.server.concurrency.lease_storage.filesystem"
+UNPROXIED = ("NO_PROXY", "no_proxy")  # some read the one, some the other
+MLFLOW_ORIGINS = "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS"
+PREFECT_UI_APIS = ("PREFECT_UI_API_URL", "PREFECT_SERVER_UI_API_URL")
 WORKER_RUNS = 3  # at once: a promotion that waits for a person must not keep the inbox waiting
 SERVERS_OWN = (  # a worker, and whatever it runs, has no business with these
     "MLFLOW_AUTH_ADMIN_USERNAME", "MLFLOW_AUTH_ADMIN_PASSWORD", "MLFLOW_FLASK_SERVER_SECRET_KEY",
@@ -31,6 +37,12 @@ SERVERS_OWN = (  # a worker, and whatever it runs, has no business with these
     "PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_SERVER_API_AUTH_STRING",
 )  # fmt: skip
 AUTH_SECRETS = ("MLFLOW_AUTH_ADMIN_PASSWORD", "MLFLOW_FLASK_SERVER_SECRET_KEY")
+AUTH_NAMES = (  # whoever sets one of these means MLflow to ask who is there
+    *AUTH_SECRETS, "MLFLOW_AUTH_ADMIN_USERNAME", "MLFLOW_AUTH_CONFIG_PATH",
+    *(password_name(role) for role in ROLES),
+)  # fmt: skip
+# Prefect's server reads the first, everything that asks it the second
+PREFECT_LOGINS = ("PREFECT_SERVER_API_AUTH_STRING", "PREFECT_API_AUTH_STRING")
 AUTH_INI = """\
 # MLflow's basic auth; secrets are in the environment (docs/operations.md)
 [mlflow]
@@ -66,12 +78,7 @@ class Plan:
     @classmethod
     def of(cls, space: Workspace, *, host: str, ports: tuple[int, int], allowed: str) -> Plan:
         """Check what is asked for; refused where it would open a door without a lock."""
-        if host != LOOPBACK and not (_has_auth() and os.environ.get("PREFECT_API_AUTH_STRING")):
-            raise Refusal(
-                "services that other machines can reach ask for a password",
-                f"--host {host} without one",
-                "set what docs/operations.md names, or leave --host out",
-            )
+        _check_locks(host)
         if not _has_prefect():
             raise Refusal(
                 "schedules are Prefect's; every other command works without it",
@@ -79,19 +86,27 @@ class Plan:
                 "pip install -c constraints.txt -e '.[flows]'",
             )
         names = tuple(name.strip() for name in allowed.split(",") if name.strip())
-        return cls(space, checkout(), host, ports[0], ports[1], names)
+        own = LOOPBACK if host == "localhost" else host  # which may be two addresses
+        return cls(space, checkout(), own, ports[0], ports[1], names)
 
     # -- addresses ------------------------------------------------------------------------------
+    @property
+    def own_host(self) -> str:
+        """Where this machine finds what is started here: the one address that it listens on."""
+        return LOOPBACK if self.host == EVERYWHERE else self.host
+
     @property
     def mlflow_url(self) -> str:
         """Where runs are logged: the environment's server, else the one started here."""
         given = os.environ.get("MLFLOW_TRACKING_URI", "")
-        return given if given.startswith("http") else f"http://{LOOPBACK}:{self.mlflow_port}"
+        return given if given.startswith("http") else f"http://{self.own_host}:{self.mlflow_port}"
 
     @property
     def prefect_url(self) -> str:
         """Prefect's API: the environment's server, else the one started here."""
-        return os.environ.get("PREFECT_API_URL") or f"http://{LOOPBACK}:{self.prefect_port}/api"
+        return (
+            os.environ.get("PREFECT_API_URL") or f"http://{self.own_host}:{self.prefect_port}/api"
+        )
 
     @property
     def worker_name(self) -> str:
@@ -102,27 +117,31 @@ class Plan:
     def services(self) -> list[Service]:
         """The servers that are ours to start, then the worker."""
         own = []
-        if not os.environ.get("MLFLOW_TRACKING_URI", "").startswith("http"):
+        if _starts_mlflow():
             own.append(self._mlflow())
-        if not os.environ.get("PREFECT_API_URL"):
+        if _starts_prefect():
             own.append(self._prefect())
         return [*own, self._worker()]
 
     @property
     def has_auth(self) -> bool:
         """Whether MLflow's server is started here and asks who is there."""
-        own = not os.environ.get("MLFLOW_TRACKING_URI", "").startswith("http")
-        return own and _has_auth()
+        return _starts_mlflow() and _has_auth()
 
     def hosts(self, port: int) -> list[str]:
         """Return the names a server answers to."""
-        names = ("127.0.0.1", "localhost", *self.allowed_hosts)
+        names = dict.fromkeys((LOOPBACK, "localhost", self.own_host, *self.allowed_hosts))
         return [*names, *(f"{name}:{port}" for name in names)]
+
+    def origins(self, port: int) -> list[str]:
+        """Return where pages that may change things come from: the server, or its proxy."""
+        return [f"{scheme}://{name}" for name in self.hosts(port) for scheme in ("http", "https")]
 
     def environment(self) -> dict[str, str]:
         """Return what everything started here has in common."""
         return {
             **self.space.environment(),
+            **dict.fromkeys(UNPROXIED, self._unproxied()),
             MARK: mark_of(self.space),
             "ENDOPRINT_HOME": str(self.home),
             "ENDOPRINT_WORKSPACE": str(self.space.root),
@@ -131,6 +150,14 @@ class Plan:
             ),
             "PYTHONUNBUFFERED": "1",
         }
+
+    def _unproxied(self) -> str:
+        """Return the names that no proxy is asked for: the user's own, and this machine's."""
+        given = [each for name in UNPROXIED for each in os.environ.get(name, "").split(",")]
+        names = [each.strip() for each in given if each.strip()]
+        if "*" in names:  # all of them, as long as it stands alone
+            return "*"
+        return ",".join(dict.fromkeys((*names, LOOPBACK, "localhost", self.own_host)))
 
     def of_worker(self) -> dict[str, str]:
         """Return a worker's environment: it talks to servers, and knows none of their secrets."""
@@ -151,6 +178,8 @@ class Plan:
         command = [sys.executable, "-m", "mlflow", "server", "--host", self.host]
         command += ["--port", str(self.mlflow_port), "--workers", "1"]
         command += ["--allowed-hosts", ",".join(self.hosts(self.mlflow_port))]
+        if not os.environ.get(MLFLOW_ORIGINS):
+            command += ["--cors-allowed-origins", ",".join(self.origins(self.mlflow_port))]
         own = {
             **self.environment(),
             "MLFLOW_BACKEND_STORE_URI": space.tracking_uri,
@@ -162,11 +191,11 @@ class Plan:
             command += ["--app-name", "basic-auth"]
             own.setdefault("MLFLOW_AUTH_CONFIG_PATH", str(self._auth_ini()))
             own.setdefault("MLFLOW_AUTH_ADMIN_USERNAME", "admin")
-        url = f"http://{LOOPBACK}:{self.mlflow_port}"
+        url = f"http://{self.own_host}:{self.mlflow_port}"
         return Service("mlflow", tuple(command), own, url, lambda _: answers(f"{url}/health"))
 
     def _prefect(self) -> Service:
-        url, port = f"http://{LOOPBACK}:{self.prefect_port}", str(self.prefect_port)
+        url, port = f"http://{self.own_host}:{self.prefect_port}", str(self.prefect_port)
         command = [sys.executable, "-m", "uvicorn", "--factory", "flows.server:app"]
         command += ["--host", self.host, "--port", port, "--log-level", "warning"]
         hosts = sorted({name.rpartition(":")[0] or name for name in self.hosts(0)})
@@ -174,15 +203,17 @@ class Plan:
             **self.environment(),
             "ENDOPRINT_ALLOWED_HOSTS": ",".join(hosts),
             "PREFECT_API_URL": f"{url}/api",
-            "PREFECT_UI_API_URL": f"{url}/api",
             "PREFECT_SERVER_API_HOST": self.host,
             "PREFECT_SERVER_API_PORT": port,
             "PREFECT_SERVER_DATABASE_TIMEOUT": "60",  # 10 is too little for a busy laptop's SQLite
             "PREFECT_SERVER_DATABASE_CONNECTION_TIMEOUT": "30",
             # on disk: a server that forgot who holds a deployment's slot cancels that very run
             "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": LEASES,
-            "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{url},http://localhost:{port}",
         }
+        own.setdefault("PREFECT_SERVER_CORS_ALLOWED_ORIGINS", f"{url},http://localhost:{port}")
+        if not any(own.get(name) for name in PREFECT_UI_APIS):
+            # on whatever name and port the page was opened under; seen to work in both of its UIs
+            own["PREFECT_UI_API_URL"] = "/api"
         api = Prefect(f"{url}/api")
         return Service("prefect", tuple(command), own, url, lambda _: api.is_healthy())
 
@@ -217,14 +248,19 @@ def checkout() -> Path:
 
 
 def runs_page(url: str, experiment: str) -> str:
-    """Return where MLflow's UI shows a task's runs; unless told, it opens for language models."""
+    """Return where MLflow's UI shows a task's runs; unless told, it opens for language models.
+
+    It is shown and written down: without the name and password that the address may hold.
+    """
+    url = re.sub(r"://[^/]*@", "://", url)
     return f"{url}/#/experiments/{experiment}?workflowType=machine_learning"
 
 
 def answers(url: str) -> bool:
-    """Whether a server answers there."""
+    """Whether a server of this machine answers there; no proxy would know."""
+    directly = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with urllib.request.urlopen(url, timeout=5):
+        with directly.open(url, timeout=5):
             return True
     except OSError:
         return False
@@ -237,5 +273,56 @@ def _has_prefect() -> bool:
         return False
 
 
+def _starts_mlflow() -> bool:
+    return not os.environ.get("MLFLOW_TRACKING_URI", "").startswith("http")
+
+
+def _starts_prefect() -> bool:
+    return not os.environ.get("PREFECT_API_URL")
+
+
 def _has_auth() -> bool:
-    return all(os.environ.get(name) for name in AUTH_SECRETS)
+    return not _unset(AUTH_SECRETS)
+
+
+def _unset(names: Sequence[str]) -> list[str]:
+    return [name for name in names if not os.environ.get(name)]
+
+
+def _check_locks(host: str) -> None:
+    """Refuse a server that others reach without a password, and a lock that is half there.
+
+    A name that is misspelt or empty would else turn asking off without a word.
+    """
+    doors = []
+    if _starts_mlflow():
+        doors.append(("MLflow", AUTH_SECRETS, AUTH_NAMES))
+    if _starts_prefect():
+        doors.append(("Prefect", PREFECT_LOGINS, PREFECT_LOGINS))
+    for server, needed, meant in doors:
+        unset, named = _unset(needed), [name for name in meant if name in os.environ]
+        if unset and named:
+            raise Refusal(
+                f"{server} asks who is there where both {' and '.join(needed)} are set",
+                f"{', '.join(named)} set, and {' and '.join(unset)} unset or empty",
+                f"set {' and '.join(unset)}, or unset {', '.join(named)}",
+            )
+        if unset and not _is_this_machine(host):
+            raise Refusal(
+                "services that other machines can reach ask for a password",
+                f"--host {host} without {' and '.join(unset)}",
+                "set what docs/operations.md names, or leave --host out",
+            )
+    if _starts_prefect() and len({os.environ.get(name) for name in PREFECT_LOGINS}) > 1:
+        raise Refusal(
+            f"{PREFECT_LOGINS[0]} and {PREFECT_LOGINS[1]} are the same",
+            "two that differ",
+            "set both to one name:password",
+        )
+
+
+def _is_this_machine(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -6,6 +6,7 @@ flow run leaves its worker's process group, so that groups alone would let it es
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import psutil
 
+from endoprint.config import Refusal
 from endoprint.workspace import Workspace
 
 MARK = "ENDOPRINT_UP"  # names the workspace whose `endoprint up` started a process
@@ -85,10 +87,16 @@ def free_port(preferred: int, *, host: str = "127.0.0.1", taken: Sequence[int] =
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((host, port))
-            except OSError:
-                continue
+            except OSError as error:
+                if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                    continue
+                raise Refusal(
+                    "services listen on an address of this machine",
+                    f"{host}: {error.strerror}",
+                    "leave --host out, or name one that `ip address` shows",
+                ) from None
             return port
-    raise OSError(f"no free port from {preferred} on")
+    raise Refusal("a port is free", f"none from {preferred} on", "name a lower one")
 
 
 def warden(mark: str) -> subprocess.Popen[bytes]:
