@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import json
 import os
 import time
@@ -51,8 +52,12 @@ class Prefect:
         request = urllib.request.Request(
             f"{self.url}/{what}", body, headers, method=method or ("POST" if body else "GET")
         )
-        with urllib.request.urlopen(request, timeout=PATIENCE_SECONDS) as answer:
-            text = answer.read()
+        try:
+            with urllib.request.urlopen(request, timeout=PATIENCE_SECONDS) as answer:
+                text = answer.read()
+        except http.client.HTTPException as error:  # a server that died while it spoke
+            # the name alone: its text may hold an address with a password
+            raise ConnectionError(f"no whole answer ({type(error).__name__})") from error
         return json.loads(text) if text else None
 
     def is_healthy(self) -> bool:
