@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -49,3 +50,24 @@ def test_an_answer_that_breaks_off_is_as_none() -> None:
         assert not Prefect(url).is_healthy()
         with pytest.raises(OSError, match="IncompleteRead"):
             Prefect(url).deployments()
+
+
+def test_a_proxy_is_asked_for_other_machines_and_never_for_this_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+
+    def proxy(handler: BaseHTTPRequestHandler) -> None:
+        asked.append(handler.path)
+        saying(200, "true")(handler)
+
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with serving(saying(200, "true")) as url, serving(proxy) as between:
+        monkeypatch.setenv("http_proxy", between.removesuffix("/api"))
+        assert Prefect(url).is_healthy()
+        assert Prefect(url.replace("127.0.0.1", "localhost")).is_healthy()
+        Prefect(url.replace("127.0.0.1", platform.node())).is_healthy()  # it listens on loopback
+        assert asked == []
+        assert Prefect("http://lab.invalid:4200/api").is_healthy()
+        assert asked == ["http://lab.invalid:4200/api/health"]
