@@ -26,6 +26,7 @@ PATIENCE_SECONDS = 10.0  # for one answer
 RECENT_SECONDS = 24 * 3600.0  # a crash of the day before yesterday has a night after it
 CONFLICT = 409  # it exists already
 NOTE = "failure"  # the artifact's key
+RUN_ID = "PREFECT__FLOW_RUN_ID"  # in the environment of a flow run's process: Prefect's own word
 # from a state's change until its process must be known, and until a worker has let go of a run
 # that crashed: one that is scheduled again before then stops Prefect 3.8's worker (seen)
 SETTLING_SECONDS = 30.0
@@ -217,9 +218,26 @@ def _why_dead(run: dict[str, Any], worker_started: float) -> str:
         return ""  # a suspended run has no process, by design
     pid = str(run.get("infrastructure_pid") or "").rpartition(":")[2]
     if pid.isdigit():
-        return "" if is_alive(int(pid)) else "its process died"
+        is_gone = not is_alive(int(pid)) or _is_anothers(int(pid), run["id"], changed)
+        return "its process died" if is_gone else ""
     waited = run["state_type"] == "PENDING" and changed < worker_started
     return "its worker died before it began" if waited else ""
+
+
+def _is_anothers(pid: int, run_id: str, changed: float) -> bool:
+    """Whether a living process only has the number of a run's: after a reboot anything may.
+
+    Its environment names its run, which asks no two clocks to agree. Where that is another
+    user's secret, its birth tells: long after the run's last change of state, it is another.
+    """
+    try:
+        process = psutil.Process(pid)
+        try:
+            return process.environ().get(RUN_ID) != run_id
+        except psutil.AccessDenied:
+            return process.create_time() > changed + SETTLING_SECONDS
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _is_here(url: str) -> bool:
