@@ -108,6 +108,12 @@ class Prefect:
             self.ask(f"deployments/{key}/create_flow_run", {})
         return bool(found)
 
+    def is_open(self, deployment: str) -> bool:
+        """Whether a run of a deployment is under way, beside which no other may begin."""
+        names = self.deployments()
+        under_way = self.runs(OPEN_STATES, sort="START_TIME_ASC", limit=200)
+        return any(names.get(str(run["deployment_id"])) == deployment for run in under_way)
+
     def has_worker(self, name: str, *, since: float) -> bool:
         """Whether the pool has heard from this worker after `since` (seconds since the epoch)."""
         try:

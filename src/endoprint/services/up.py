@@ -36,6 +36,7 @@ LONGEST_PAUSE_SECONDS = 30.0  # between two starts of a service that keeps dying
 RECOVER = [sys.executable, "-c", "from endoprint.cli import main; main()", "recover", "--json"]
 INBOX, SCORING = "inbox", "hourly-score"  # as in prefect.yaml
 Say = Callable[[str], None]
+Lying = tuple[str, int, int]  # a file in the inbox: name, size, time of its last change
 
 
 @dataclass
@@ -60,9 +61,9 @@ class Up:
     def __init__(self, plan: Plan, say: Say) -> None:
         self.plan, self.say = plan, say
         self.kept: list[Kept] = []
-        # what lay in the inbox when it was last scored, and at the last look: (name, size, time)
-        self._inbox: list[tuple[str, int, int]] = []
-        self._seen: list[tuple[str, int, int]] = []
+        # what lay in the inbox when it was last scored, and at the last look
+        self._inbox: list[Lying] = []
+        self._seen: list[Lying] = []
         self.runs_page = ""  # MLflow's, of this task
         self.seconds = 0.0  # from the start until all of it answered
 
@@ -204,17 +205,16 @@ class Up:
 
     def _look_at_inbox(self) -> None:
         """Ask for a run of the scoring deployment when a file came and is no longer growing."""
-        folder = self.plan.space.root / INBOX
-        now = sorted(
-            (path.name, path.stat().st_size, path.stat().st_mtime_ns)
-            for path in (folder.iterdir() if folder.is_dir() else ())
-            if not path.name.startswith(".")
-        )
+        now = _lying_in(self.plan.space.root / INBOX)
         has_come = bool(set(now) - set(self._inbox))
         if now and now == self._seen and has_come:
-            if Prefect(self.plan.prefect_url).begin(SCORING):
-                self.say(f"{INBOX}/ has files; what is new among them is scored")
-            self._inbox = now
+            api = Prefect(self.plan.prefect_url)
+            # one under way may have listed the inbox before: what came is asked for when it ends,
+            # since until then Prefect would cancel another
+            if not api.is_open(SCORING):
+                if api.begin(SCORING):
+                    self.say(f"{INBOX}/ has files; what is new among them is scored")
+                self._inbox = now
         elif not has_come:
             self._inbox = now
         self._seen = now
@@ -251,6 +251,16 @@ class Up:
         beside = plan.space.local / ".up.json.part"
         beside.write_text(json.dumps(told, indent=1) + "\n")
         os.replace(beside, plan.space.local / "up.json")
+
+
+def _lying_in(folder: Path) -> list[Lying]:
+    """Return what lies in a folder; not what cannot be looked at, such as a link to nothing."""
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        with suppress(OSError):
+            looked = path.stat()
+            found.append((path.name, looked.st_size, looked.st_mtime_ns))
+    return sorted(each for each in found if not each[0].startswith("."))
 
 
 def state_of(space: Workspace) -> dict[str, Any]:
