@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from children import ROOT
-from endoprint.services.plan import Plan
-from endoprint.services.prefect_api import Prefect
+from endoprint.services import processes
+from endoprint.services.plan import Plan, Service
+from endoprint.services.prefect_api import Prefect, Reaped
 from endoprint.services.up import Up
 from endoprint.workspace import Workspace
 
@@ -69,3 +73,61 @@ def test_a_link_to_nothing_in_the_inbox_keeps_no_other_file_waiting(keeper: Keep
     (keeper.space / "inbox/new.h5ad").write_bytes(b"cells")
     keeper.look()
     assert keeper.begun == [ASKED_FOR]
+
+
+# a `recover` that waits, as it does for an MLflow that is away, until a file says how it ends
+WAITING = """\
+import pathlib, sys, time
+told, how = pathlib.Path("told.txt"), pathlib.Path("how.txt")
+told.open("a").write("began ")
+for _ in range(100):
+    if how.exists():
+        break
+    time.sleep(0.1)
+told.open("a").write("ended ")
+sys.exit(how.read_text() if how.exists() else 0)
+"""
+
+
+def test_nothing_waits_for_a_recovery_and_only_one_runs_at_a_time(
+    keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("endoprint.services.up.RECOVER", [sys.executable, "-c", WAITING])
+    crashed = Reaped("a run", "nightly", is_repeated=True)
+    monkeypatch.setattr(Prefect, "reap", lambda *_, worker_started: [crashed])
+    told, how = keeper.space / "told.txt", keeper.space / "how.txt"
+    sleeping = (sys.executable, "-c", "import time; time.sleep(60)")
+    for name in ("mlflow", "worker"):
+        keeper.up._start(Service(name, sleeping, dict(os.environ), "", lambda _: True))
+
+    def waits_for(text: str) -> bool:
+        deadline = time.monotonic() + 30
+        while not told.is_file() or told.read_text() != text:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+        return True
+
+    try:
+        keeper.up._care()
+        assert waits_for("began ")  # and has not ended: this line is reached meanwhile
+        keeper.up._care()
+        first = keeper.up.kept[0]
+        first.process.kill()
+        first.process.wait()
+        keeper.up._look(first)
+        again = next(each for each in keeper.up.kept if each.service.name == "mlflow")
+        assert again.process.poll() is None  # the server it may wait for is there again
+        assert told.read_text() == "began "
+        how.write_text("no store")
+        assert waits_for("began ended ")
+        monkeypatch.setattr(Prefect, "reap", lambda *_, worker_started: [])
+        keeper.up._recovery.wait(30)
+        keeper.up._care()  # it came to nothing, and another was due
+        assert [line for line in keeper.said if "recover succeeds; got no store" in line]
+        assert waits_for("began ended began ended ")
+    finally:
+        processes.stop_marked(processes.mark_of(keeper.up.plan.space))
+        for kept in keeper.up.kept:
+            kept.process.kill()
+            kept.process.wait()

@@ -64,6 +64,8 @@ class Up:
         # what lay in the inbox when it was last scored, and at the last look
         self._inbox: list[Lying] = []
         self._seen: list[Lying] = []
+        self._recovery: subprocess.Popen[bytes] | None = None  # now running, beside keep()
+        self._is_recovery_due = False
         self.runs_page = ""  # MLflow's, of this task
         self.seconds = 0.0  # from the start until all of it answered
 
@@ -125,9 +127,8 @@ class Up:
     def _failed(self, kept: Kept) -> Refusal:
         name = kept.service.name
         log = self.plan.space.local / "logs" / f"{name}.txt"
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        said = " | ".join(lines[-2:])[-300:] or "nothing"
-        return Refusal(f"{name} starts and answers", f"none; its last words: {said}", f"see {log}")
+        got = f"none; its last words: {_last_words(log)}"
+        return Refusal(f"{name} starts and answers", got, f"see {log}")
 
     def _child(self, name: str, command: Sequence[str], cwd: Path | None = None) -> str:
         """Run a short process with a worker's environment; return what it printed, or refuse."""
@@ -138,8 +139,7 @@ class Up:
         log = self.plan.space.local / "logs" / f"{name}.txt"
         log.write_text(done.stdout + done.stderr)
         if done.returncode:
-            last = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-            raise Refusal(f"{name} succeeds", " | ".join(last[-2:])[-300:], f"see {log}")
+            raise _unsuccessful(name, log)
         return done.stdout
 
     def _register(self) -> None:
@@ -196,12 +196,33 @@ class Up:
         worker = next(kept for kept in self.kept if kept.service.name == "worker")
         try:
             if self._reap(worker_started=worker.started):
-                self._child("recover", RECOVER)
+                self._is_recovery_due = True
+            self._recover_beside()
             self._look_at_inbox()
         except Refusal as refusal:
             self.say(str(refusal))
         except (OSError, ValueError):
             return  # the server is being started again
+
+    def _recover_beside(self) -> None:
+        """Close what dead processes left open in MLflow, one `recover` at a time.
+
+        Nobody waits for it: it may itself wait for the very server that is to be started again.
+        """
+        log = self.plan.space.local / "logs" / "recover.txt"
+        if self._recovery is not None:
+            code = self._recovery.poll()
+            if code is None:
+                return
+            self._recovery = None
+            if code:
+                self.say(str(_unsuccessful("recover", log)))
+        if self._is_recovery_due:
+            log.unlink(missing_ok=True)  # its last words shall be its own
+            self._recovery = processes.start(
+                RECOVER, environment=self.plan.of_worker(), cwd=self.plan.space.root, log=log
+            )
+            self._is_recovery_due = False
 
     def _look_at_inbox(self) -> None:
         """Ask for a run of the scoring deployment when a file came and is no longer growing."""
@@ -251,6 +272,15 @@ class Up:
         beside = plan.space.local / ".up.json.part"
         beside.write_text(json.dumps(told, indent=1) + "\n")
         os.replace(beside, plan.space.local / "up.json")
+
+
+def _last_words(log: Path) -> str:
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return " | ".join(lines[-2:])[-300:] or "nothing"
+
+
+def _unsuccessful(name: str, log: Path) -> Refusal:
+    return Refusal(f"{name} succeeds", _last_words(log), f"see {log}")
 
 
 def _lying_in(folder: Path) -> list[Lying]:
