@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from children import ROOT
-from endoprint.services import processes
+from endoprint.services import processes, up
 from endoprint.services.plan import Plan, Service
 from endoprint.services.prefect_api import Prefect, Reaped
 from endoprint.services.up import Up
@@ -131,3 +132,26 @@ def test_nothing_waits_for_a_recovery_and_only_one_runs_at_a_time(
         for kept in keeper.up.kept:
             kept.process.kill()
             kept.process.wait()
+
+
+def test_an_address_with_a_password_is_neither_written_nor_shown(
+    keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planted = "planted-word"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://trainer:{planted}@lab:5000")
+    monkeypatch.setenv("PREFECT_API_URL", f"http://ann:{planted}@lab:4200/api")
+    monkeypatch.setattr(Prefect, "has_planned", lambda _: True)
+    monkeypatch.setattr(Up, "_await", lambda *_: None)
+    monkeypatch.setattr(Up, "_register", lambda *_: None)
+    monkeypatch.setattr(Up, "_reap", lambda *_, worker_started: 0)
+    monkeypatch.setattr(Up, "_start", lambda *_: None)
+    monkeypatch.setattr(Up, "_child", lambda *_: '{"experiment": "1"}')
+    keeper.up.begin()
+    assert keeper.up.runs_page.startswith("http://***@lab:5000/#/experiments/1")
+    written = (keeper.space / ".endoprint/up.json").read_text()
+    assert "lab:5000" in written
+    assert planted not in written
+    assert planted not in json.dumps(up.state_of(keeper.up.plan.space))
+    log = keeper.space / "last.txt"
+    log.write_text(f"cannot reach http://ann:{planted}@lab:4200/api/health\n")
+    assert planted not in up._last_words(log)

@@ -25,6 +25,7 @@ from endoprint.config import Refusal
 from endoprint.services import grants, processes
 from endoprint.services.plan import Plan, Service, runs_page
 from endoprint.services.prefect_api import Prefect
+from endoprint.spelled import without_secrets
 from endoprint.workspace import Workspace
 
 PATIENCE_SECONDS = 600.0  # for a service to answer; a busy machine is slow, not wrong
@@ -90,7 +91,7 @@ class Up:
                 self._register()
                 step(note="deployments registered")
                 found = json.loads(cleared.result())
-            self.runs_page = runs_page(plan.mlflow_url, found["experiment"])
+            self.runs_page = runs_page(without_secrets(plan.mlflow_url), found["experiment"])
             step(note="crashes cleared up")
             self._reap(worker_started=time.time())
             self._start(worker)
@@ -251,14 +252,16 @@ class Up:
     # -- what others read -----------------------------------------------------------------------
     def _write(self) -> None:
         plan = self.plan
+        # a file and a screen are read by more people than an environment is
+        mlflow, prefect = without_secrets(plan.mlflow_url), without_secrets(plan.prefect_url)
         told = {
             "pid": os.getpid(),
             "born": psutil.Process().create_time(),
             "workspace": str(plan.space.root),
-            "mlflow": plan.mlflow_url,
+            "mlflow": mlflow,
             "seconds_to_start": self.seconds,
-            "prefect": plan.prefect_url.removesuffix("/api"),
-            "prefect_api": plan.prefect_url,
+            "prefect": prefect.removesuffix("/api"),
+            "prefect_api": prefect,
             "services": [
                 {
                     "name": kept.service.name,
@@ -276,7 +279,7 @@ class Up:
 
 def _last_words(log: Path) -> str:
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return " | ".join(lines[-2:])[-300:] or "nothing"
+    return without_secrets(" | ".join(lines[-2:]))[-300:] or "nothing"
 
 
 def _unsuccessful(name: str, log: Path) -> Refusal:
