@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,12 +13,18 @@ from typing import Any
 
 import pytest
 
-from children import ROOT
+from children import MAIN, ROOT, environment
+from endoprint.config import Refusal
 from endoprint.services import processes, up
 from endoprint.services.plan import Plan, Service
 from endoprint.services.prefect_api import Prefect, Reaped
-from endoprint.services.up import Up
+from endoprint.services.up import Up, running
 from endoprint.workspace import Workspace
+from test_prefect_api import saying, serving
+
+
+def a_plan(space: Path) -> Plan:
+    return Plan(Workspace.at(space), ROOT, "127.0.0.1", 1, 2)
 
 
 class Keeper:
@@ -27,8 +35,7 @@ class Keeper:
         self.open: list[dict[str, Any]] = []  # flow runs under way
         (space / "params.yaml").write_text("task: toy\n")
         (space / ".endoprint").mkdir()
-        plan = Plan(Workspace.at(space), ROOT, "127.0.0.1", 1, 2)
-        self.up = Up(plan, self.said.append)
+        self.up = Up(a_plan(space), self.said.append)
 
     def ask(self, what: str, payload: dict[str, Any] | None = None, *, method: str = "") -> Any:
         if what == "deployments/filter":
@@ -155,3 +162,74 @@ def test_an_address_with_a_password_is_neither_written_nor_shown(
     log = keeper.space / "last.txt"
     log.write_text(f"cannot reach http://ann:{planted}@lab:4200/api/health\n")
     assert planted not in up._last_words(log)
+
+
+# -- what is refused, in a line ------------------------------------------------------------------
+def told_by(space: Path, api: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What `up` says at its start on a machine whose two servers are others'."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    monkeypatch.setenv("PREFECT_API_URL", api)
+    (space / "params.yaml").write_text("task: toy\n")
+    with pytest.raises(Refusal) as refused:
+        Up(a_plan(space), print).begin()
+    return str(refused.value)
+
+
+def test_a_wrong_password_and_a_wrong_address_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(saying(401, "no")) as api:
+        said = told_by(tmp_path, api, monkeypatch)
+        assert f"HTTP 401 from {api}" in said
+        assert "PREFECT_API_AUTH_STRING" in said
+    for answer, got in ((saying(404, "no"), "HTTP 404"), (saying(200, "<html>"), "Expecting")):
+        with serving(answer) as api:
+            said = told_by(tmp_path, api, monkeypatch)
+            assert got in said
+            assert "set PREFECT_API_URL" in said
+    assert "refused" in told_by(tmp_path, "http://127.0.0.1:1/api", monkeypatch)
+    assert "unknown url type" in told_by(tmp_path, "127.0.0.1:4200/api", monkeypatch)
+    said = told_by(tmp_path, "http://ann:planted@lab:4200/api", monkeypatch)
+    assert "from http://***@lab:4200/api" in said
+    assert "planted" not in said
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("prefect") is None, reason="the flows extra is not installed"
+)
+def test_a_first_machine_that_is_down_is_one_line_on_a_further_one(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text("task: toy\n")
+    nobody = dict.fromkeys(("MLFLOW_TRACKING_URI", "PREFECT_API_URL"), "http://127.0.0.1:1/api")
+    done = subprocess.run(
+        [sys.executable, "-c", MAIN, "up"], cwd=tmp_path, env={**environment(), **nobody},
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("endoprint: Prefect's API answers")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_folder_that_cannot_be_made_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".endoprint").write_text("a file")
+    with pytest.raises(Refusal, match="File exists"), running(a_plan(tmp_path), print):
+        pass
+
+    def refuse(path: Path, **_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(Refusal, match="Permission denied"), running(a_plan(tmp_path), print):
+        pass
+
+
+def test_a_second_up_is_told_whether_the_first_still_starts(keeper: Keeper) -> None:
+    plan = keeper.up.plan
+    with running(plan, print) as first:
+        with pytest.raises(Refusal, match=r"one here already \(it is starting\)"):
+            running(plan, print).__enter__()
+        first._write()
+        known = rf"one here already \(process {os.getpid()}, http://127.0.0.1:"
+        with pytest.raises(Refusal, match=known):
+            running(plan, print).__enter__()

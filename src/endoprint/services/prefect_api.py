@@ -10,6 +10,8 @@ import platform
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -18,6 +20,8 @@ from urllib.parse import urlsplit
 import psutil
 
 from endoprint.alive import is_alive
+from endoprint.config import Refusal
+from endoprint.spelled import without_secrets
 
 POOL = "endoprint"
 OPEN_STATES = ("RUNNING", "PENDING", "CANCELLING", "PAUSED")
@@ -25,6 +29,7 @@ ATTEMPTS = 3  # of one flow run; one that kills its process each time is given u
 PATIENCE_SECONDS = 10.0  # for one answer
 RECENT_SECONDS = 24 * 3600.0  # a crash of the day before yesterday has a night after it
 CONFLICT = 409  # it exists already
+TURNED_AWAY = (401, 403)  # no password, or a wrong one
 NOTE = "failure"  # the artifact's key
 RUN_ID = "PREFECT__FLOW_RUN_ID"  # in the environment of a flow run's process: Prefect's own word
 # from a state's change until its process must be known, and until a worker has let go of a run
@@ -211,6 +216,36 @@ class Prefect:
             "data": json.dumps([{"what": deployment, "reason": why, "next step": step}]),
         }
         self.ask("artifacts/", artifact)
+
+
+@contextmanager
+def asking(url: str) -> Iterator[None]:
+    """Refuse in one line where a block's questions find no server, another one, or a shut door."""
+    address = without_secrets(url)
+    try:
+        yield
+    except Refusal:  # of something else, in its own words
+        raise
+    except urllib.error.HTTPError as error:
+        if error.code in TURNED_AWAY:
+            raise Refusal(
+                "Prefect's server asks for its password",
+                f"HTTP {error.code} from {address}",
+                "set PREFECT_API_AUTH_STRING to what the server was started with",
+            ) from None
+        raise _elsewhere(address, f"HTTP {error.code}") from None
+    except urllib.error.URLError as error:
+        raise _elsewhere(address, str(error.reason)) from None
+    except (ConnectionError, TimeoutError, ValueError) as error:
+        raise _elsewhere(address, without_secrets(str(error))) from None
+
+
+def _elsewhere(address: str, said: str) -> Refusal:
+    return Refusal(
+        "Prefect's API answers at its address",
+        f"{said} from {address}",
+        "start the server there, or set PREFECT_API_URL to its http://HOST:PORT/api",
+    )
 
 
 def _why_dead(run: dict[str, Any], worker_started: float) -> str:

@@ -24,7 +24,7 @@ from endoprint.alive import is_alive
 from endoprint.config import Refusal
 from endoprint.services import grants, processes
 from endoprint.services.plan import Plan, Service, runs_page
-from endoprint.services.prefect_api import Prefect
+from endoprint.services.prefect_api import Prefect, asking
 from endoprint.spelled import without_secrets
 from endoprint.workspace import Workspace
 
@@ -86,22 +86,30 @@ class Up:
                 made = grants.grant(plan.mlflow_url, plan.space.experiment)
                 self.say(f"MLflow knows: {', '.join(made) or 'its administrator only'}")
             step(note="servers answer")
-            with ThreadPoolExecutor(1) as beside:
-                cleared = beside.submit(self._child, "recover", RECOVER)
-                self._register()
-                step(note="deployments registered")
-                found = json.loads(cleared.result())
-            self.runs_page = runs_page(without_secrets(plan.mlflow_url), found["experiment"])
-            step(note="crashes cleared up")
-            self._reap(worker_started=time.time())
-            self._start(worker)
-            self._await([worker])
-            step(note="a worker is ready")
-            planned = time.monotonic() + PLANNING_SECONDS
-            while not Prefect(plan.prefect_url).has_planned() and time.monotonic() < planned:
-                time.sleep(0.2)
+            with asking(plan.prefect_url):
+                self._hand_over(worker, step)
         self.seconds = time.monotonic() - began
         self._write()
+
+    def _hand_over(self, worker: Service, step: progress.Task) -> None:
+        """Let the worker take work, once nothing of a crash stands in its way."""
+        plan, prefect = self.plan, Prefect(self.plan.prefect_url)
+        known = prefect.deployments()  # first: another machine's server may not be there at all
+        with ThreadPoolExecutor(1) as beside:
+            cleared = beside.submit(self._child, "recover", RECOVER)
+            self._register(known)
+            step(note="deployments registered")
+            found = json.loads(cleared.result())
+        self.runs_page = runs_page(without_secrets(plan.mlflow_url), found["experiment"])
+        step(note="crashes cleared up")
+        self._reap(worker_started=time.time())
+        self._start(worker)
+        self._await([worker])
+        step(note="a worker is ready")
+        planned = time.monotonic() + PLANNING_SECONDS
+        with suppress(OSError, ValueError):  # only the screen waits for it
+            while not prefect.has_planned() and time.monotonic() < planned:
+                time.sleep(0.2)
 
     def _start(self, service: Service) -> Kept:
         log = self.plan.space.local / "logs" / f"{service.name}.txt"
@@ -143,14 +151,13 @@ class Up:
             raise _unsuccessful(name, log)
         return done.stdout
 
-    def _register(self) -> None:
+    def _register(self, known: dict[str, str]) -> None:
         """Register prefect.yaml once: again only when it changed, so that a pause is kept."""
         plan = self.plan
         text = (plan.home / "prefect.yaml").read_text()
         said = json.dumps([text, str(plan.home), str(plan.space.root), plan.prefect_url])
         now = hashlib.sha256(said.encode()).hexdigest()
         kept = plan.space.local / "deployments.txt"
-        known = Prefect(plan.prefect_url).deployments()
         if known and kept.is_file() and kept.read_text() == now:
             return
         Prefect(plan.prefect_url).make_pool()
@@ -315,16 +322,23 @@ def running(plan: Plan, say: Say) -> Iterator[Up]:
     One at a time for each workspace. What an earlier one that was killed left is stopped first.
     """
     space = plan.space
-    space.local.mkdir(parents=True, exist_ok=True)
     lock = FileLock(space.local / "up.lock", timeout=0)
     try:
+        space.local.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
         at = state_of(space)
+        one = f"process {at['pid']}, {at['mlflow']}" if at["is_running"] else "it is starting"
         raise Refusal(
             "one `endoprint up` for a workspace",
-            f"one here already (process {at.get('pid')}, {at.get('mlflow')})",
+            f"one here already ({one})",
             "use that, or stop it with Ctrl-C",
+        ) from None
+    except OSError as error:
+        raise Refusal(
+            f"{space.local.name}/ is a folder that can be written to",
+            f"{error.strerror}: {error.filename or space.local}",
+            "mend what is in its way there",
         ) from None
     mark = processes.mark_of(space)
     before = {each: signal.signal(each, _stopped) for each in SIGNALS}
