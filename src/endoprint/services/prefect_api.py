@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import json
 import os
+import platform
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from urllib.parse import urlsplit
+
+import psutil
 
 from endoprint.alive import is_alive
+from endoprint.config import Refusal
+from endoprint.spelled import without_secrets
 
 POOL = "endoprint"
 OPEN_STATES = ("RUNNING", "PENDING", "CANCELLING", "PAUSED")
@@ -20,7 +29,9 @@ ATTEMPTS = 3  # of one flow run; one that kills its process each time is given u
 PATIENCE_SECONDS = 10.0  # for one answer
 RECENT_SECONDS = 24 * 3600.0  # a crash of the day before yesterday has a night after it
 CONFLICT = 409  # it exists already
+TURNED_AWAY = (401, 403)  # no password, or a wrong one
 NOTE = "failure"  # the artifact's key
+RUN_ID = "PREFECT__FLOW_RUN_ID"  # in the environment of a flow run's process: Prefect's own word
 # from a state's change until its process must be known, and until a worker has let go of a run
 # that crashed: one that is scheduled again before then stops Prefect 3.8's worker (seen)
 SETTLING_SECONDS = 30.0
@@ -51,8 +62,15 @@ class Prefect:
         request = urllib.request.Request(
             f"{self.url}/{what}", body, headers, method=method or ("POST" if body else "GET")
         )
-        with urllib.request.urlopen(request, timeout=PATIENCE_SECONDS) as answer:
-            text = answer.read()
+        # a proxy that the environment names leads to other machines, and never back to this one
+        proxies = urllib.request.ProxyHandler({} if _is_here(self.url) else None)
+        opener = urllib.request.build_opener(proxies)
+        try:
+            with opener.open(request, timeout=PATIENCE_SECONDS) as answer:
+                text = answer.read()
+        except http.client.HTTPException as error:  # a server that died while it spoke
+            # the name alone: its text may hold an address with a password
+            raise ConnectionError(f"no whole answer ({type(error).__name__})") from error
         return json.loads(text) if text else None
 
     def is_healthy(self) -> bool:
@@ -94,6 +112,12 @@ class Prefect:
         for key in found:
             self.ask(f"deployments/{key}/create_flow_run", {})
         return bool(found)
+
+    def is_open(self, deployment: str) -> bool:
+        """Whether a run of a deployment is under way, beside which no other may begin."""
+        names = self.deployments()
+        under_way = self.runs(OPEN_STATES, sort="START_TIME_ASC", limit=200)
+        return any(names.get(str(run["deployment_id"])) == deployment for run in under_way)
 
     def has_worker(self, name: str, *, since: float) -> bool:
         """Whether the pool has heard from this worker after `since` (seconds since the epoch)."""
@@ -194,6 +218,36 @@ class Prefect:
         self.ask("artifacts/", artifact)
 
 
+@contextmanager
+def asking(url: str) -> Iterator[None]:
+    """Refuse in one line where a block's questions find no server, another one, or a shut door."""
+    address = without_secrets(url)
+    try:
+        yield
+    except Refusal:  # of something else, in its own words
+        raise
+    except urllib.error.HTTPError as error:
+        if error.code in TURNED_AWAY:
+            raise Refusal(
+                "Prefect's server asks for its password",
+                f"HTTP {error.code} from {address}",
+                "set PREFECT_API_AUTH_STRING to what the server was started with",
+            ) from None
+        raise _elsewhere(address, f"HTTP {error.code}") from None
+    except urllib.error.URLError as error:
+        raise _elsewhere(address, str(error.reason)) from None
+    except (ConnectionError, TimeoutError, ValueError) as error:
+        raise _elsewhere(address, without_secrets(str(error))) from None
+
+
+def _elsewhere(address: str, said: str) -> Refusal:
+    return Refusal(
+        "Prefect's API answers at its address",
+        f"{said} from {address}",
+        "start the server there, or set PREFECT_API_URL to its http://HOST:PORT/api",
+    )
+
+
 def _why_dead(run: dict[str, Any], worker_started: float) -> str:
     """Return why nobody will go on with this run; empty where somebody may."""
     state = run["state"] or {}
@@ -205,9 +259,33 @@ def _why_dead(run: dict[str, Any], worker_started: float) -> str:
         return ""  # a suspended run has no process, by design
     pid = str(run.get("infrastructure_pid") or "").rpartition(":")[2]
     if pid.isdigit():
-        return "" if is_alive(int(pid)) else "its process died"
+        is_gone = not is_alive(int(pid)) or _is_anothers(int(pid), run["id"], changed)
+        return "its process died" if is_gone else ""
     waited = run["state_type"] == "PENDING" and changed < worker_started
     return "its worker died before it began" if waited else ""
+
+
+def _is_anothers(pid: int, run_id: str, changed: float) -> bool:
+    """Whether a living process only has the number of a run's: after a reboot anything may.
+
+    Its environment names its run, which asks no two clocks to agree. Where that is another
+    user's secret, its birth tells: long after the run's last change of state, it is another.
+    """
+    try:
+        process = psutil.Process(pid)
+        try:
+            return process.environ().get(RUN_ID) != run_id
+        except psutil.AccessDenied:
+            return process.create_time() > changed + SETTLING_SECONDS
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _is_here(url: str) -> bool:
+    """Whether an address is one of this machine's."""
+    cards = psutil.net_if_addrs().values()
+    own = {each.address for card in cards for each in card}
+    return (urlsplit(url).hostname or "") in {"localhost", platform.node().lower(), *own}
 
 
 def _line(row: dict[str, Any], names: dict[str, str], when: str) -> dict[str, str]:

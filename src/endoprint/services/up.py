@@ -24,7 +24,8 @@ from endoprint.alive import is_alive
 from endoprint.config import Refusal
 from endoprint.services import grants, processes
 from endoprint.services.plan import Plan, Service, runs_page
-from endoprint.services.prefect_api import Prefect
+from endoprint.services.prefect_api import Prefect, asking
+from endoprint.spelled import without_secrets
 from endoprint.workspace import Workspace
 
 PATIENCE_SECONDS = 600.0  # for a service to answer; a busy machine is slow, not wrong
@@ -36,6 +37,7 @@ LONGEST_PAUSE_SECONDS = 30.0  # between two starts of a service that keeps dying
 RECOVER = [sys.executable, "-c", "from endoprint.cli import main; main()", "recover", "--json"]
 INBOX, SCORING = "inbox", "hourly-score"  # as in prefect.yaml
 Say = Callable[[str], None]
+Lying = tuple[str, int, int]  # a file in the inbox: name, size, time of its last change
 
 
 @dataclass
@@ -60,9 +62,11 @@ class Up:
     def __init__(self, plan: Plan, say: Say) -> None:
         self.plan, self.say = plan, say
         self.kept: list[Kept] = []
-        # what lay in the inbox when it was last scored, and at the last look: (name, size, time)
-        self._inbox: list[tuple[str, int, int]] = []
-        self._seen: list[tuple[str, int, int]] = []
+        # what lay in the inbox when it was last scored, and at the last look
+        self._inbox: list[Lying] = []
+        self._seen: list[Lying] = []
+        self._recovery: subprocess.Popen[bytes] | None = None  # now running, beside keep()
+        self._is_recovery_due = False
         self.runs_page = ""  # MLflow's, of this task
         self.seconds = 0.0  # from the start until all of it answered
 
@@ -82,22 +86,30 @@ class Up:
                 made = grants.grant(plan.mlflow_url, plan.space.experiment)
                 self.say(f"MLflow knows: {', '.join(made) or 'its administrator only'}")
             step(note="servers answer")
-            with ThreadPoolExecutor(1) as beside:
-                cleared = beside.submit(self._child, "recover", RECOVER)
-                self._register()
-                step(note="deployments registered")
-                found = json.loads(cleared.result())
-            self.runs_page = runs_page(plan.mlflow_url, found["experiment"])
-            step(note="crashes cleared up")
-            self._reap(worker_started=time.time())
-            self._start(worker)
-            self._await([worker])
-            step(note="a worker is ready")
-            planned = time.monotonic() + PLANNING_SECONDS
-            while not Prefect(plan.prefect_url).has_planned() and time.monotonic() < planned:
-                time.sleep(0.2)
+            with asking(plan.prefect_url):
+                self._hand_over(worker, step)
         self.seconds = time.monotonic() - began
         self._write()
+
+    def _hand_over(self, worker: Service, step: progress.Task) -> None:
+        """Let the worker take work, once nothing of a crash stands in its way."""
+        plan, prefect = self.plan, Prefect(self.plan.prefect_url)
+        known = prefect.deployments()  # first: another machine's server may not be there at all
+        with ThreadPoolExecutor(1) as beside:
+            cleared = beside.submit(self._child, "recover", RECOVER)
+            self._register(known)
+            step(note="deployments registered")
+            found = json.loads(cleared.result())
+        self.runs_page = runs_page(without_secrets(plan.mlflow_url), found["experiment"])
+        step(note="crashes cleared up")
+        self._reap(worker_started=time.time())
+        self._start(worker)
+        self._await([worker])
+        step(note="a worker is ready")
+        planned = time.monotonic() + PLANNING_SECONDS
+        with suppress(OSError, ValueError):  # only the screen waits for it
+            while not prefect.has_planned() and time.monotonic() < planned:
+                time.sleep(0.2)
 
     def _start(self, service: Service) -> Kept:
         log = self.plan.space.local / "logs" / f"{service.name}.txt"
@@ -124,9 +136,8 @@ class Up:
     def _failed(self, kept: Kept) -> Refusal:
         name = kept.service.name
         log = self.plan.space.local / "logs" / f"{name}.txt"
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        said = " | ".join(lines[-2:])[-300:] or "nothing"
-        return Refusal(f"{name} starts and answers", f"none; its last words: {said}", f"see {log}")
+        got = f"none; its last words: {_last_words(log)}"
+        return Refusal(f"{name} starts and answers", got, f"see {log}")
 
     def _child(self, name: str, command: Sequence[str], cwd: Path | None = None) -> str:
         """Run a short process with a worker's environment; return what it printed, or refuse."""
@@ -137,18 +148,16 @@ class Up:
         log = self.plan.space.local / "logs" / f"{name}.txt"
         log.write_text(done.stdout + done.stderr)
         if done.returncode:
-            last = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-            raise Refusal(f"{name} succeeds", " | ".join(last[-2:])[-300:], f"see {log}")
+            raise _unsuccessful(name, log)
         return done.stdout
 
-    def _register(self) -> None:
+    def _register(self, known: dict[str, str]) -> None:
         """Register prefect.yaml once: again only when it changed, so that a pause is kept."""
         plan = self.plan
         text = (plan.home / "prefect.yaml").read_text()
         said = json.dumps([text, str(plan.home), str(plan.space.root), plan.prefect_url])
         now = hashlib.sha256(said.encode()).hexdigest()
         kept = plan.space.local / "deployments.txt"
-        known = Prefect(plan.prefect_url).deployments()
         if known and kept.is_file() and kept.read_text() == now:
             return
         Prefect(plan.prefect_url).make_pool()
@@ -195,26 +204,46 @@ class Up:
         worker = next(kept for kept in self.kept if kept.service.name == "worker")
         try:
             if self._reap(worker_started=worker.started):
-                self._child("recover", RECOVER)
+                self._is_recovery_due = True
+            self._recover_beside()
             self._look_at_inbox()
         except Refusal as refusal:
             self.say(str(refusal))
         except (OSError, ValueError):
             return  # the server is being started again
 
+    def _recover_beside(self) -> None:
+        """Close what dead processes left open in MLflow, one `recover` at a time.
+
+        Nobody waits for it: it may itself wait for the very server that is to be started again.
+        """
+        log = self.plan.space.local / "logs" / "recover.txt"
+        if self._recovery is not None:
+            code = self._recovery.poll()
+            if code is None:
+                return
+            self._recovery = None
+            if code:
+                self.say(str(_unsuccessful("recover", log)))
+        if self._is_recovery_due:
+            log.unlink(missing_ok=True)  # its last words shall be its own
+            self._recovery = processes.start(
+                RECOVER, environment=self.plan.of_worker(), cwd=self.plan.space.root, log=log
+            )
+            self._is_recovery_due = False
+
     def _look_at_inbox(self) -> None:
         """Ask for a run of the scoring deployment when a file came and is no longer growing."""
-        folder = self.plan.space.root / INBOX
-        now = sorted(
-            (path.name, path.stat().st_size, path.stat().st_mtime_ns)
-            for path in (folder.iterdir() if folder.is_dir() else ())
-            if not path.name.startswith(".")
-        )
+        now = _lying_in(self.plan.space.root / INBOX)
         has_come = bool(set(now) - set(self._inbox))
         if now and now == self._seen and has_come:
-            if Prefect(self.plan.prefect_url).begin(SCORING):
-                self.say(f"{INBOX}/ has files; what is new among them is scored")
-            self._inbox = now
+            api = Prefect(self.plan.prefect_url)
+            # one under way may have listed the inbox before: what came is asked for when it ends,
+            # since until then Prefect would cancel another
+            if not api.is_open(SCORING):
+                if api.begin(SCORING):
+                    self.say(f"{INBOX}/ has files; what is new among them is scored")
+                self._inbox = now
         elif not has_come:
             self._inbox = now
         self._seen = now
@@ -230,14 +259,16 @@ class Up:
     # -- what others read -----------------------------------------------------------------------
     def _write(self) -> None:
         plan = self.plan
+        # a file and a screen are read by more people than an environment is
+        mlflow, prefect = without_secrets(plan.mlflow_url), without_secrets(plan.prefect_url)
         told = {
             "pid": os.getpid(),
             "born": psutil.Process().create_time(),
             "workspace": str(plan.space.root),
-            "mlflow": plan.mlflow_url,
+            "mlflow": mlflow,
             "seconds_to_start": self.seconds,
-            "prefect": plan.prefect_url.removesuffix("/api"),
-            "prefect_api": plan.prefect_url,
+            "prefect": prefect.removesuffix("/api"),
+            "prefect_api": prefect,
             "services": [
                 {
                     "name": kept.service.name,
@@ -251,6 +282,25 @@ class Up:
         beside = plan.space.local / ".up.json.part"
         beside.write_text(json.dumps(told, indent=1) + "\n")
         os.replace(beside, plan.space.local / "up.json")
+
+
+def _last_words(log: Path) -> str:
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return without_secrets(" | ".join(lines[-2:]))[-300:] or "nothing"
+
+
+def _unsuccessful(name: str, log: Path) -> Refusal:
+    return Refusal(f"{name} succeeds", _last_words(log), f"see {log}")
+
+
+def _lying_in(folder: Path) -> list[Lying]:
+    """Return what lies in a folder; not what cannot be looked at, such as a link to nothing."""
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        with suppress(OSError):
+            looked = path.stat()
+            found.append((path.name, looked.st_size, looked.st_mtime_ns))
+    return sorted(each for each in found if not each[0].startswith("."))
 
 
 def state_of(space: Workspace) -> dict[str, Any]:
@@ -272,16 +322,23 @@ def running(plan: Plan, say: Say) -> Iterator[Up]:
     One at a time for each workspace. What an earlier one that was killed left is stopped first.
     """
     space = plan.space
-    space.local.mkdir(parents=True, exist_ok=True)
     lock = FileLock(space.local / "up.lock", timeout=0)
     try:
+        space.local.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
         at = state_of(space)
+        one = f"process {at['pid']}, {at['mlflow']}" if at["is_running"] else "it is starting"
         raise Refusal(
             "one `endoprint up` for a workspace",
-            f"one here already (process {at.get('pid')}, {at.get('mlflow')})",
+            f"one here already ({one})",
             "use that, or stop it with Ctrl-C",
+        ) from None
+    except OSError as error:
+        raise Refusal(
+            f"{space.local.name}/ is a folder that can be written to",
+            f"{error.strerror}: {error.filename or space.local}",
+            "mend what is in its way there",
         ) from None
     mark = processes.mark_of(space)
     before = {each: signal.signal(each, _stopped) for each in SIGNALS}
