@@ -32,4 +32,4 @@ def safe(name: str) -> str:
 
 def without_secrets(text: str) -> str:
     """Spell a message on one line, without the name and password of any address in it."""
-    return re.sub(r"://[^\s/@]+@", "://***@", " ".join(text.split()))
+    return re.sub(r"://[^\s/]*@", "://***@", " ".join(text.split()))

@@ -24,7 +24,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 _LOCK = Lock()
 _INSIDE: list[int] = []  # threads that each worker of this process asked for
-_LIMITS: list[Any] = []  # what gives BLAS its own number back
+_BEFORE: list[tuple[Any, int]] = []  # what gives BLAS its own number back, and torch's
 
 
 def rows(model: ExposureModel, cells: AnnData) -> pa.Table:
@@ -82,25 +82,26 @@ def stamped(table: pa.Table, same: Mapping[str, str], wanted: pa.Schema) -> pa.T
 def with_threads(n: int) -> Iterator[None]:
     """Compute with so many threads: their number can change a sum's last bits.
 
-    BLAS is limited for the whole process, by the first of several workers in it until the last.
+    The number is the whole process's, from the first of several workers in it until the last.
     """
     torch = sys.modules.get("torch")  # never loaded only to be told
-    before = torch.get_num_threads() if torch is not None else 0
     with _LOCK:
         if not _INSIDE:
-            _LIMITS.append(threadpool_limits(limits=n))
+            before = torch.get_num_threads() if torch is not None else 0
+            _BEFORE.append((threadpool_limits(limits=n), before))
         _INSIDE.append(n)
     if torch is not None:
-        torch.set_num_threads(n)
+        torch.set_num_threads(n)  # of this thread
     try:
         yield
     finally:
-        if torch is not None:
-            torch.set_num_threads(before)
         with _LOCK:
             _INSIDE.remove(n)
             if not _INSIDE:
-                _LIMITS.pop().restore_original_limits()
+                limits, before = _BEFORE.pop()
+                if torch is not None and before:
+                    torch.set_num_threads(before)
+                limits.restore_original_limits()
 
 
 def _known(model: ExposureModel, cells: AnnData) -> tuple[Array, Array, Array]:

@@ -30,7 +30,9 @@ LEASES = "prefect.server.concurrency.lease_storage.filesystem"
 UNPROXIED = ("NO_PROXY", "no_proxy")  # some read the one, some the other
 MLFLOW_ORIGINS = "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS"
 PREFECT_UI_APIS = ("PREFECT_UI_API_URL", "PREFECT_SERVER_UI_API_URL")
-WORKER_RUNS = 3  # at once: a promotion that waits for a person must not keep the inbox waiting
+# at once: a night that waits for the GPU, the search that holds it, a promotion that waits for a
+# person: none of them keeps the inbox waiting
+WORKER_RUNS = 4
 SERVERS_OWN = (  # a worker, and whatever it runs, has no business with these
     "MLFLOW_AUTH_ADMIN_USERNAME", "MLFLOW_AUTH_ADMIN_PASSWORD", "MLFLOW_FLASK_SERVER_SECRET_KEY",
     "MLFLOW_BACKEND_STORE_URI", "PREFECT_API_DATABASE_CONNECTION_URL",
