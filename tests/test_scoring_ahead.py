@@ -218,7 +218,8 @@ def test_workers_in_one_process_share_one_limit_until_the_last_leaves() -> None:
     def limits() -> list[int]:
         return [int(each["num_threads"]) for each in threadpoolctl.threadpool_info()]
 
-    pytest.importorskip("torch")  # whose threads are limited as well
+    torch = pytest.importorskip("torch")  # whose threads are limited as well
+    torch.get_num_threads()  # it sets its own when asked first
     with threadpoolctl.threadpool_limits(2):
         before = limits()
         with contextlib.ExitStack() as first, contextlib.ExitStack() as second:
